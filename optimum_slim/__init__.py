@@ -1,0 +1,80 @@
+"""Make language models small and fast without leaving Hugging Face.
+
+Importing this package registers `quant_method: slim` with Transformers, so that
+
+    AutoModelForCausalLM.from_pretrained(name, quantization_config=SlimConfig("pt2llm"))
+
+slims a model while loading it, and a saved slim model loads with a plain `from_pretrained`.
+"""
+
+import importlib.metadata
+import importlib.util
+import sys
+from pathlib import Path
+
+
+__version__ = "0.1.0"
+
+_TRANSFORMERS_RANGE = ((5, 4), (6, 0))
+
+
+def _check_transformers() -> None:
+    try:
+        found = importlib.metadata.version("transformers")
+    except importlib.metadata.PackageNotFoundError:
+        found = None
+    low, high = _TRANSFORMERS_RANGE
+    if found is None or not low <= tuple(int(part) for part in found.split(".")[:2]) < high:
+        raise ImportError(
+            f"optimum-slim {__version__} needs transformers>=5.4,<6 but found {found or 'none'}. "
+            'Install a supported version with: pip install "transformers>=5.4,<6"'
+        )
+
+
+def _find_kernels() -> None:
+    """Make `optimum_slim._kernels` importable from a bare checkout, where no installer has mapped it."""
+    name = f"{__name__}._kernels"
+    if importlib.util.find_spec(name) is not None:
+        return
+    folder = Path(__file__).resolve().parent.parent / "kernels" / "torch-ext" / "slim_kernels"
+    spec = importlib.util.spec_from_file_location(
+        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+
+_check_transformers()
+_find_kernels()
+
+from .calibration import Calibration  # noqa: E402
+from .config import SlimConfig  # noqa: E402
+from .evaluate import evaluate, perplexity  # noqa: E402
+from .methods import PT2LLM, BitNet  # noqa: E402
+from .packed import PackedLinear, TernaryLinear  # noqa: E402
+from .quantizer import SlimQuantizer  # noqa: E402
+from .recipe import slim  # noqa: E402
+from .report import Report  # noqa: E402
+from .saving import push_to_hub, save  # noqa: E402
+from .step import LinearStep, Step, StepReport, register  # noqa: E402
+
+
+__all__ = [
+    "PT2LLM",
+    "BitNet",
+    "Calibration",
+    "LinearStep",
+    "PackedLinear",
+    "Report",
+    "SlimConfig",
+    "SlimQuantizer",
+    "Step",
+    "StepReport",
+    "TernaryLinear",
+    "evaluate",
+    "perplexity",
+    "push_to_hub",
+    "register",
+    "save",
+    "slim",
+]

@@ -1,0 +1,163 @@
+"""Save a slimmed model as one finished folder, or push it to the Hub.
+
+`model.save_pretrained` works too. `save` adds the tokenizer, the model card and the report, and is all or nothing:
+files are written to a hidden folder beside the target, which takes the target's name when it is complete.
+"""
+
+import errno
+import shutil
+import tempfile
+import uuid
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from safetensors import SafetensorError
+from torch import nn
+
+from .card import model_card
+from .report import Report, megabytes
+
+
+SPARE_BYTES = 32 * 2**20  # tokenizer, card, report and file headers
+REPORT_FILE = "slim_report.json"
+
+
+def save(
+    model,
+    out_dir: str | Path,
+    *,
+    tokenizer=None,
+    report: Report | None = None,
+    max_shard_size: int | str | None = None,
+    overwrite: bool = False,
+    repo_id: str | None = None,
+) -> Path:
+    """Write model, generation config, tokenizer, model card and report to `out_dir`, all or nothing.
+
+    Args:
+        model: a model of Transformers, slimmed or not.
+        out_dir: folder to create; it may exist if it is empty.
+        tokenizer: saved beside the model.
+        report: goes into the card and `slim_report.json`; by default the report of the run that made the model.
+        max_shard_size: as in `save_pretrained`.
+        overwrite: replace an existing folder, once the new one is complete.
+        repo_id: name by which the card's example loads the model.
+
+    Returns:
+        The absolute path of the folder.
+
+    Raises:
+        FileExistsError: `out_dir` is a file, or a folder with something in it and `overwrite` is not set.
+        OSError: the disk is full (before or while writing); says how many bytes are needed and free.
+    """
+    out = check_target(out_dir, overwrite=overwrite)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    needed = stored_bytes(model) + SPARE_BYTES
+    if shutil.disk_usage(out.parent).free < needed:
+        raise _disk_full(out.parent, needed)
+    partial = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.partial"
+    partial.mkdir()
+    try:
+        _write(model, partial, tokenizer, report, max_shard_size, repo_id)
+        _take_place(partial, out)
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) != errno.ENOSPC and "No space left" not in str(error):
+            raise
+        shutil.rmtree(partial, ignore_errors=True)
+        raise _disk_full(out.parent, needed) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return out
+
+
+def check_target(out_dir: str | Path, *, overwrite: bool = False) -> Path:
+    """The absolute path of `out_dir` if `save` may write there; raises `FileExistsError` otherwise."""
+    out = Path(out_dir).expanduser().resolve()
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out_dir} is a file, not a folder; choose another name to save the model to")
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise FileExistsError(
+            f"{out_dir} exists and is not empty; choose another folder, or ask for it to be overwritten"
+        )
+    return out
+
+
+def push_to_hub(
+    model,
+    repo_id: str,
+    *,
+    tokenizer=None,
+    report: Report | None = None,
+    private: bool | None = None,
+    token: str | None = None,
+    commit_message: str = "Upload a model slimmed with optimum-slim",
+    max_shard_size: int | str | None = None,
+) -> str:
+    """Upload what `save` writes to the Hub repository `repo_id`, creating it if need be.
+
+    Unlike `model.push_to_hub`, this keeps our model card, which tells users to `import optimum_slim`.
+
+    Returns:
+        The URL of the commit.
+    """
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    with tempfile.TemporaryDirectory() as folder:
+        out = save(
+            model,
+            Path(folder) / "model",
+            tokenizer=tokenizer,
+            report=report,
+            max_shard_size=max_shard_size,
+            repo_id=repo_id,
+        )
+        return api.upload_folder(repo_id=repo_id, folder_path=out, commit_message=commit_message).commit_url
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """Bytes of the tensors in the model's state dict, tied ones once."""
+    tensors = {tensor.data_ptr(): tensor for tensor in model.state_dict().values() if tensor.numel()}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def write_report(model, folder: str | Path, report: Report | None = None, *, repo_id: str | None = None) -> None:
+    """Write (again) the model card and `slim_report.json` of `model` into a folder that `save` made."""
+    report = report or getattr(model, "slim_report", None)
+    if report is not None:
+        report.save(Path(folder) / REPORT_FILE)
+    model_card(model, report, repo_id=repo_id).save(Path(folder) / "README.md")
+
+
+def _write(model, folder: Path, tokenizer, report: Report | None, max_shard_size, repo_id: str | None) -> None:
+    model.save_pretrained(folder, **({} if max_shard_size is None else {"max_shard_size": max_shard_size}))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    write_report(model, folder, report, repo_id=repo_id)
+    mode = folder.stat().st_mode & 0o666  # safetensors makes its files private whatever the umask says
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(mode)
+
+
+def _take_place(partial: Path, out: Path) -> None:
+    """Rename the finished folder; an existing one steps aside first and comes back if the rename fails."""
+    if not out.exists():
+        partial.rename(out)
+        return
+    aside = partial.with_suffix(".old")
+    out.rename(aside)
+    try:
+        partial.rename(out)
+    except BaseException:
+        aside.rename(out)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _disk_full(folder: Path, needed: int) -> OSError:
+    free = shutil.disk_usage(folder).free
+    return OSError(
+        errno.ENOSPC,
+        f"the model needs {needed:,} bytes ({megabytes(needed)}) and the disk of {folder} has {free:,} free "
+        f"({megabytes(free)}); nothing was written. Free some space or choose another folder",
+    )

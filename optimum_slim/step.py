@@ -1,0 +1,257 @@
+"""A step is one method with its hyper-parameters; a recipe is a list of steps.
+
+`Step` is a frozen dataclass: its fields are the method's hyper-parameters with the paper's defaults, and `apply`
+edits a model in place. `LinearStep` is the one abstract kind in between, for methods that treat each linear layer
+alike; it asks only for `compress(weight, gram)`, a pure function of tensors, and `empty`, the packed layer that
+takes the result. Registering a step makes it known by name to `SlimConfig`, YAML recipes and the shell.
+"""
+
+import dataclasses
+import difflib
+import time
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers.pytorch_utils import Conv1D
+
+from .packed import PackedLinear, linear_weight
+from .walk import decoder_layers, walk
+
+
+STEPS: dict[str, type["Step"]] = {}
+
+
+def register(name: str, *, paper: str):
+    """Class decorator that makes a step known by `name`, with the title and number of its paper."""
+
+    def wrap(cls: type["Step"]) -> type["Step"]:
+        if STEPS.get(name, cls).__qualname__ != cls.__qualname__:
+            raise ValueError(f"step {name!r} is already registered by {STEPS[name].__module__}; choose another name")
+        cls.name, cls.paper = name, paper
+        STEPS[name] = cls
+        return cls
+
+    return wrap
+
+
+def get_step(name: str) -> type["Step"]:
+    """The step class registered as `name`; an unknown name raises a `ValueError` that lists what exists."""
+    if name in STEPS:
+        return STEPS[name]
+    near = difflib.get_close_matches(name, STEPS, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"unknown step {name!r}.{hint} Registered steps: {', '.join(sorted(STEPS))}.")
+
+
+def step_from_dict(data: dict[str, Any] | str) -> "Step":
+    """A step from `{"step": name, **fields}` or from its name alone."""
+    data = {"step": data} if isinstance(data, str) else dict(data)
+    if "step" not in data:
+        raise ValueError(f"a step needs its name under 'step', as in {{'step': 'pt2llm'}}; found the keys {[*data]}")
+    cls = get_step(data.pop("step"))
+    known = [f.name for f in dataclasses.fields(cls)]
+    for key in data:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"step {cls.name!r} has no field {key!r}.{hint} Its fields: {', '.join(known)}.")
+    return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
+
+
+@dataclass
+class StepReport:
+    """What one step did: its recorded form, the seconds it took, and a row for each layer it changed."""
+
+    step: dict[str, Any]
+    seconds: float
+    layers: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step(ABC):
+    """One method with its hyper-parameters. Subclasses are frozen dataclasses decorated with `register`."""
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    needs_data: ClassVar[bool] = False
+
+    @abstractmethod
+    def apply(self, model: nn.Module, tokens: Tensor | None) -> StepReport:
+        """Edit `model` in place. `tokens` is int64 (samples, length), or `None` if the step needs no data."""
+
+    def resolve(self, model: nn.Module) -> "Step":
+        """The step with every choice that depends on the model written out, as a saved model records it."""
+        return self
+
+    def skeleton(self, model: nn.Module) -> None:  # noqa: B027
+        """Give a meta `model` the modules that a checkpoint slimmed by this (resolved) step needs."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe `{"step": name, **fields}`, tuples as lists."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {"step": self.name} | {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
+
+
+def matches(name: str, patterns) -> bool:
+    """Whether a module name is meant by one of `patterns`: consecutive dotted parts of it, or a shell pattern."""
+    return any(f".{p}." in f".{name}." or fnmatch(name, p) for p in patterns)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearStep(Step):
+    """A method that packs linear layers one by one.
+
+    Args:
+        modules_to_not_convert (`tuple[str]`, *optional*): modules left dense, by (part of) their dotted name or by
+            shell pattern, besides the output head and tied weights, which always stay dense.
+    """
+
+    modules_to_not_convert: tuple[str, ...] | None = None
+
+    @abstractmethod
+    def empty(self, linear: nn.Module) -> PackedLinear:
+        """The packed layer for `linear`, on the meta device."""
+
+    @abstractmethod
+    def compress(self, weight: Tensor, gram: Tensor | None = None) -> dict[str, Tensor]:
+        """The packed state of one layer, a pure function of tensors.
+
+        Args:
+            weight (`Tensor`): fp32 (out_features, in_features).
+            gram (`Tensor`, *optional*): fp32 (in_features, in_features), mean of x xᵀ over the calibration tokens.
+        """
+
+    def targets(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The dense linear layers this step packs, by qualified name; call it on a resolved step."""
+        return {
+            name: module
+            for name, module in model.named_modules()
+            if type(module) in (nn.Linear, Conv1D) and not matches(name, self.modules_to_not_convert or ())
+        }
+
+    def resolve(self, model: nn.Module) -> "LinearStep":
+        """The step with the names of all linear layers left dense. Raises a `ValueError` if none is left to pack."""
+        patterns = set(self.modules_to_not_convert or ()) | _always_dense(model)
+        _refuse_fused_experts(self, model, patterns)
+        dense, packed = set(), 0
+        for name, module in model.named_modules():
+            if type(module) in (nn.Linear, Conv1D):
+                keep = matches(name, patterns)
+                packed += not keep
+                dense |= {name} if keep else set()
+        if not packed:
+            raise ValueError(
+                f"{self.name} found no linear layer to pack in {type(model).__name__}: "
+                f"modules_to_not_convert leaves {sorted(dense) or 'no nn.Linear at all'}. "
+                "A model that is quantized already must be loaded dense first."
+            )
+        # Patterns that name no linear layer (fused experts left dense on purpose) are kept as they were given.
+        extra = {p for p in self.modules_to_not_convert or () if not any(matches(name, [p]) for name in dense)}
+        return dataclasses.replace(self, modules_to_not_convert=tuple(sorted(dense | extra)))
+
+    def skeleton(self, model: nn.Module) -> None:
+        for name, linear in self.targets(model).items():
+            model.set_submodule(name, self.empty(linear))
+
+    def pack(self, name: str, weight: Tensor, gram: Tensor | None = None) -> dict[str, Tensor]:
+        """`compress` with the checks that concern every method; errors name the layer."""
+        if not weight.is_floating_point():
+            raise TypeError(f"{name}.weight has dtype {weight.dtype}; {self.name} packs floating-point weights only")
+        weight = weight.float()
+        if not torch.isfinite(weight).all():
+            raise ValueError(
+                f"{name}.weight holds NaN or infinite values; the checkpoint is damaged, load a sound one"
+            )
+        try:
+            return self.compress(weight, gram)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+
+    def replace(self, model: nn.Module, name: str, gram: Tensor | None = None) -> dict[str, Any]:
+        """Pack one layer of `model` in place; returns its row for the report."""
+        linear = model.get_submodule(name)
+        dense = linear_weight(linear).detach()
+        packed = self.empty(linear)
+        packed.load_packed(self.pack(name, dense, gram))
+        packed.bias = linear.bias
+        packed.train(linear.training)
+        model.set_submodule(name, packed)
+        return layer_row(name, packed) | {
+            "relative_error": relative_error(packed.dense() - dense.float(), dense, gram)
+        }
+
+    def apply(self, model: nn.Module, tokens: Tensor | None) -> StepReport:
+        start, rows = time.perf_counter(), []
+        names = list(self.targets(model))
+        if self.needs_data:
+            rows = self._apply_with_data(model, names, tokens)
+        else:
+            for name in tqdm(names, desc=self.name, unit="layer", disable=None):
+                rows.append(self.replace(model, name))
+        return StepReport(self.to_dict(), time.perf_counter() - start, rows)
+
+    def _apply_with_data(self, model, names, tokens) -> list[dict[str, Any]]:
+        prefix, layers = decoder_layers(model)
+        outside = [name for name in names if not name.startswith(f"{prefix}.")]
+        if outside:
+            raise ValueError(
+                f"{self.name} calibrates inside decoder layers, but these linear layers lie outside {prefix}: "
+                f"{outside}. Add them to modules_to_not_convert."
+            )
+        rows = []
+        for block in tqdm(walk(model, tokens), total=len(layers), desc=self.name, unit="block", disable=None):
+            inside = {name: model.get_submodule(name) for name in names if name.startswith(f"{block.name}.")}
+            for group, gram in block.gram_groups(inside):
+                rows += [self.replace(model, name, gram) for name in group]
+        missed = set(names) - {row["name"] for row in rows}
+        if missed:
+            raise ValueError(f"{self.name} saw no calibration token in {sorted(missed)}; pass more or longer samples")
+        return rows
+
+
+def layer_row(name: str, packed: PackedLinear) -> dict[str, Any]:
+    """The report's row for one packed layer: name, logical shape, stored bits per weight."""
+    weights = packed.in_features * packed.out_features
+    return {
+        "name": name,
+        "shape": [packed.out_features, packed.in_features],
+        "bits_per_weight": packed.stored_bits() / weights,
+    }
+
+
+def relative_error(delta: Tensor, weight: Tensor, gram: Tensor | None) -> float:
+    """||D X||² / ||W X||² on the calibration tokens, or ||D||² / ||W||² without a Gram matrix."""
+    weight = weight.float()
+    if gram is None:
+        return float(delta.square().sum() / weight.square().sum().clamp(min=1e-30))
+    gram = gram.to(weight)
+    return float(((delta @ gram) * delta).sum() / ((weight @ gram) * weight).sum().clamp(min=1e-30))
+
+
+def _always_dense(model: nn.Module) -> set[str]:
+    """Names of the output head and of modules with tied weights: packing one end of a tie would break it."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    names = {key.removesuffix(".weight") for pair in tied.items() for key in pair}
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return names | {name for name, module in model.named_modules() if head is not None and module is head}
+
+
+def _refuse_fused_experts(step: LinearStep, model: nn.Module, patterns: set[str]) -> None:
+    fused = {
+        f"{name}.{key}": tuple(parameter.shape)
+        for name, module in model.named_modules()
+        for key, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3 and "conv" not in type(module).__name__.lower() and not matches(name, patterns)
+    }
+    if fused:
+        name, shape = next(iter(fused.items()))
+        raise ValueError(
+            f"{type(model).__name__} holds its experts in {len(fused)} fused 3-D parameters (first: {name} {shape}), "
+            f"which {step.name} cannot pack and would leave dense. To pack only the other layers knowingly, pass "
+            f"modules_to_not_convert=({name.rsplit('.', 2)[-2]!r},)."
+        )

@@ -1,0 +1,298 @@
+"""Visiting a model's decoder layers one at a time, each with its real inputs.
+
+Calibrated compression works layer by layer: measure what enters a linear layer, compress it, go on. The inputs must be
+those the model really produces, and a later layer should be measured behind the layers already slimmed, because that
+is what it will see in use:
+
+    for block in walk(model, tokens):
+        for names, gram in block.gram_groups({name: ... the linear layers of block.layer ...}):
+            ... replace these modules; the next group and the next block see the replacements ...
+
+How the inputs are made exact without knowing any architecture: the model's own decoder runs once with every layer
+replaced by a recorder that keeps its arguments and hands the hidden states through. That costs one embedding lookup
+and gives each layer its own masks and rotary embeddings (they differ from layer to layer in Gemma or with sliding
+windows). From there on each layer is called with those arguments and the hidden states of the layer before it.
+
+Memory: the hidden states of all samples, kept on the CPU in the model's dtype, and whatever the consumer keeps.
+Nothing is hooked or patched between two steps of the iteration, so stopping early or failing leaves the model as it
+was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+class _StopForward(Exception):
+    """Ends a layer's forward pass once the wanted input has been seen."""
+
+
+def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """Find the stack of decoder layers.
+
+    Args:
+        model: A Transformers model with a decoder.
+
+    Returns:
+        The qualified name of the stack in `model` (such as `"model.layers"`) and the stack itself.
+
+    Raises:
+        ValueError: no `ModuleList` of the decoder has as many members as the config has layers.
+    """
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(model, "get_decoder"):
+        raise ValueError(
+            f"No decoder layers found: {type(model).__name__} is not a Transformers model with a decoder. "
+            "Pass a model loaded with AutoModelForCausalLM."
+        )
+    count = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+    decoder = model.get_decoder()
+    for child in decoder.children() if decoder is not None else ():
+        if isinstance(child, nn.ModuleList) and len(child) == count:
+            return next(name for name, module in model.named_modules() if module is child), child
+    raise ValueError(
+        f"No decoder layers found in {type(model).__name__}: expected model.get_decoder() to hold a ModuleList of "
+        f"config.num_hidden_layers = {count} members. Pass a model loaded with AutoModelForCausalLM."
+    )
+
+
+@dataclass
+class Block:
+    """One decoder layer with the inputs it gets from the layers before it; valid until the next block is asked for.
+
+    `index` is the layer's position, `name` its qualified name, `inputs` the hidden states entering it, one tensor
+    (batch, length, hidden) per batch.
+    """
+
+    index: int
+    name: str
+    stack: nn.ModuleList
+    inputs: list[Tensor]
+    arguments: list[tuple[tuple, dict]]
+
+    @property
+    def layer(self) -> nn.Module:
+        """The decoder layer as it is now, edits included."""
+        return self.stack[self.index]
+
+    def outputs(self) -> Iterator[Tensor]:
+        """Run the layer, as it is now, on one batch after the other: (batch, length, hidden) each, on the CPU."""
+        for batch in range(len(self.inputs)):
+            output = self._run(batch)
+            yield (output[0] if isinstance(output, tuple) else output).to("cpu")
+
+    def gram_groups(
+        self, modules: dict[str, nn.Module], *, sequential: bool = True
+    ) -> Iterator[tuple[list[str], Tensor]]:
+        """Measure the second moments of what enters the given modules of this layer.
+
+        Modules with one common input (query, key and value; gate and up) form a group and share one matrix. Groups
+        come in the order of execution.
+
+        Args:
+            modules: The modules to measure by name, each somewhere inside `layer`.
+            sequential: Run the layer again before each group, so that what was replaced earlier in the layer is seen.
+                Otherwise one pass serves all groups and their matrices are held together.
+
+        Returns:
+            Pairs of the group's names and its Gram matrix: fp32 (in, in), the sum over all tokens of x x^T divided by
+            the number of tokens.
+
+        Raises:
+            ValueError: a module saw no token.
+        """
+        groups = self._groups(modules)
+        if not sequential:
+            yield from zip(groups, self._grams(modules, groups), strict=True)
+            return
+        for group in groups:
+            (gram,) = self._grams(modules, [group])
+            yield group, gram
+
+    def _run(self, batch: int) -> Any:
+        """Call the layer on one batch, in evaluation mode and without an autograd graph."""
+        args, kwargs = self.arguments[batch]
+        with torch.no_grad(), _evaluating(self.layer):
+            return self.layer(self.inputs[batch].to(_device(self.layer)), *args, **kwargs)
+
+    def _groups(self, modules: dict[str, nn.Module]) -> list[list[str]]:
+        """Names of modules by common input, in the order of their first call."""
+        groups: list[list[str]] = []
+        missing = dict(modules)
+        for batch in range(len(self.inputs)):
+            seen: list[tuple[str, Tensor]] = []  # keeps the inputs alive, so that an address stands for one tensor
+            with _input_hooks(missing, lambda name, x, seen=seen: seen.append((name, x))):
+                self._run(batch)
+            found: dict[tuple, list[str]] = {}
+            for name, x in seen:
+                if missing.pop(name, None) is not None:
+                    found.setdefault((x.data_ptr(), x.shape, x.stride(), x.dtype), []).append(name)
+            groups += found.values()
+            if not missing:
+                return groups
+        raise self._unseen(missing)
+
+    def _grams(self, modules: dict[str, nn.Module], groups: list[list[str]]) -> list[Tensor]:
+        """One Gram matrix per group, from one pass over the batches; a single group's pass ends at its input."""
+        sums: dict[str, Tensor] = {}
+        counts = {group[0]: 0 for group in groups}
+
+        def accumulate(name: str, x: Tensor) -> None:
+            x = x.reshape(-1, x.shape[-1]).float()
+            if name not in sums:
+                sums[name] = x.new_zeros(x.shape[1], x.shape[1])
+            sums[name].addmm_(x.T, x)
+            counts[name] += x.shape[0]
+            if len(groups) == 1:
+                raise _StopForward
+
+        with _input_hooks({name: modules[name] for name in counts}, accumulate):
+            for batch in range(len(self.inputs)):
+                with suppress(_StopForward):
+                    self._run(batch)
+        if unseen := [name for name, count in counts.items() if count == 0]:
+            raise self._unseen(unseen)
+        return [sums.pop(name).div_(count) for name, count in counts.items()]
+
+    def _unseen(self, names: Iterable[str]) -> ValueError:
+        return ValueError(
+            f"No calibration token reached {', '.join(sorted(names))} in {self.name}. "
+            "Use more calibration samples, or leave these modules out with modules_to_not_convert."
+        )
+
+
+def walk(model: PreTrainedModel, tokens: Tensor, *, batch_size: int = 8) -> Iterator[Block]:
+    """Visit the decoder layers in order, each with its real inputs and behind the already edited layers.
+
+    Args:
+        model: A Transformers decoder model.
+        tokens: Token ids, int64 (samples, length).
+        batch_size: Samples per forward pass.
+
+    Returns:
+        An iterator of blocks. Edit `block.layer` (or replace it in the stack) before asking for the next block.
+
+    Raises:
+        ValueError: the model has no stack of decoder layers, changes the hidden states between them, or `tokens` is
+            not a non-empty matrix.
+    """
+    if tokens.dim() != 2 or tokens.numel() == 0:
+        raise ValueError(f"Expected token ids of shape (samples, length), got {tuple(tokens.shape)}.")
+    name, stack = decoder_layers(model)
+    return _walk(model, name, stack, tokens.split(batch_size))
+
+
+def _walk(model: PreTrainedModel, name: str, stack: nn.ModuleList, batches: tuple[Tensor, ...]) -> Iterator[Block]:
+    hidden, arguments = _capture(model, stack, batches)
+    for index in range(len(stack)):
+        block = Block(index, f"{name}.{index}", stack, hidden, [batch[index] for batch in arguments])
+        yield block
+        if index + 1 < len(stack):
+            for batch, output in enumerate(block.outputs()):
+                hidden[batch] = output
+
+
+def _capture(model: PreTrainedModel, stack: nn.ModuleList, batches: tuple[Tensor, ...]) -> tuple[list, list]:
+    """The hidden states entering the first layer, and for each batch each layer's other arguments."""
+    hidden, arguments = [], []
+    kept: list[Tensor] = []  # masks and rotary embeddings, which most batches have in common
+    decoder = model.get_decoder()
+    device = model.get_input_embeddings().weight.device
+    for batch in batches:
+        recorded: list[tuple[Tensor, tuple, dict]] = []
+        with torch.no_grad(), _evaluating(decoder), _recording(stack, recorded):
+            decoder(input_ids=batch.to(device), use_cache=False)
+        if len(recorded) != len(stack) or any(states is not recorded[0][0] for states, _, _ in recorded):
+            raise ValueError(
+                f"{type(model).__name__} does not pass the hidden states straight from one decoder layer to the next, "
+                "so its layers cannot be visited one at a time. Use a step that needs no calibration data."
+            )
+        hidden.append(recorded[0][0].to("cpu"))
+        arguments.append(_shared([(args, kwargs) for _, args, kwargs in recorded], kept, {}))
+    return hidden, arguments
+
+
+@contextmanager
+def _recording(stack: nn.ModuleList, recorded: list[tuple[Tensor, tuple, dict]]) -> Iterator[None]:
+    """Replace the forward of every layer by one that records its arguments and returns the hidden states."""
+    returns_tuple: list[bool] = []
+
+    def record(original: Any, *args: Any, **kwargs: Any) -> Any:
+        if not returns_tuple:
+            returns_tuple.append(isinstance(original(*args, **kwargs), tuple))
+        if args:
+            states, args = args[0], args[1:]
+        else:
+            states = kwargs.pop("hidden_states")
+        recorded.append((states, args, kwargs))
+        return (states,) if returns_tuple[0] else states
+
+    own = [layer.__dict__.get("forward") for layer in stack]
+    try:
+        for layer in stack:
+            layer.forward = partial(record, layer.forward)
+        yield
+    finally:
+        for layer, forward in zip(stack, own, strict=True):
+            layer.__dict__.pop("forward", None)
+            if forward is not None:
+                layer.forward = forward
+
+
+def _shared(value: Any, kept: list[Tensor], known: dict[int, Tensor]) -> Any:
+    """The same nested value with each tensor replaced by an equal one already in `kept`, if there is one."""
+    if isinstance(value, Tensor):
+        if id(value) not in known:
+            known[id(value)] = next((tensor for tensor in kept if _equal(tensor, value)), value)
+            if known[id(value)] is value:
+                kept.append(value)
+        return known[id(value)]
+    if type(value) in (tuple, list):
+        return type(value)(_shared(item, kept, known) for item in value)
+    return {key: _shared(item, kept, known) for key, item in value.items()} if type(value) is dict else value
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+
+
+@contextmanager
+def _input_hooks(modules: dict[str, nn.Module], receive: Any) -> Iterator[None]:
+    """Call `receive(name, input)` whenever one of the modules is about to run."""
+    handles = []
+    try:
+        for name, module in modules.items():
+            hook = partial(_hand_over, receive, name)
+            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hand_over(receive: Any, name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    receive(name, args[0] if args else next(iter(kwargs.values())))
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, each submodule's own mode again afterwards."""
+    training = [child for child in module.modules() if child.training]
+    try:
+        module.eval()
+        yield
+    finally:
+        for child in training:
+            child.training = True
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next((p.device for p in module.parameters()), torch.device("cpu"))

@@ -1,0 +1,286 @@
+"""walk() must reproduce the model's own forward pass exactly and leave no trace."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from optimum_slim.walk import decoder_layers, walk
+
+
+SHAPE = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+WINDOW = {"sliding_window": 5}
+MIXED = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], **WINDOW}
+MODELS = {
+    "llama": SHAPE,
+    "mistral": SHAPE | WINDOW,
+    "qwen2": SHAPE | MIXED | {"use_sliding_window": True},
+    "qwen3": SHAPE,
+    "gemma2": SHAPE | MIXED,
+    "gemma3_text": SHAPE | MIXED,
+    "phi3": SHAPE,
+    "opt": {
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "word_embed_proj_dim": 32,
+        "ffn_dim": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+    },
+    "gpt2": {"vocab_size": 97, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64},
+}
+
+
+def tiny_model(model_type, dtype=torch.float32, **changes):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **(MODELS[model_type] | changes))
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(std=0.3)
+    return model
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(1, 97, (5, 17), generator=torch.Generator().manual_seed(1))
+
+
+def final_states(model, batch):
+    """What leaves the last decoder layer in the model's own forward."""
+    states = []
+    last = decoder_layers(model)[1][-1]
+
+    def keep(module, args, output):
+        states.append(output[0] if isinstance(output, tuple) else output)
+
+    handle = last.register_forward_hook(keep)
+    with torch.no_grad():
+        model(input_ids=batch, use_cache=False)
+    handle.remove()
+    return states[0]
+
+
+def assert_untouched(model):
+    for module in model.modules():
+        assert "forward" not in module.__dict__
+        assert not module._forward_pre_hooks and not module._forward_hooks
+
+
+def linears(layer):
+    return {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("model_type", "attention"),
+    [(kind, "sdpa") for kind in MODELS if kind != "gemma2"] + [(kind, "eager") for kind in MODELS],
+)
+def test_walk_equals_forward_bit_for_bit(model_type, attention, dtype, tokens):
+    model = tiny_model(model_type, dtype)
+    model.set_attn_implementation(attention)
+    blocks = []
+    for block in walk(model, tokens, batch_size=2):
+        assert all(states.dtype == dtype and states.device.type == "cpu" for states in block.inputs)
+        blocks.append(block.name)
+        outputs = list(block.outputs()) if block.index == 2 else None
+    assert len(blocks) == 3 and len(outputs) == 3
+    for batch, output in zip(tokens.split(2), outputs, strict=True):
+        assert not output.requires_grad
+        assert torch.equal(output, final_states(model, batch))
+    assert_untouched(model)
+
+
+def test_the_layers_of_the_tiny_models_differ_in_their_masks(tokens):
+    """Otherwise the test above would not notice arguments of one layer used for another."""
+    model = tiny_model("gemma3_text")
+    masks = [block.arguments[0][1]["attention_mask"] for block in walk(model, tokens)]
+    assert masks[0] is not masks[1] and masks[0] is masks[2]
+
+
+def test_batches_share_their_masks(tokens):
+    model = tiny_model("mistral")
+    block = next(iter(walk(model, tokens, batch_size=2)))
+    first, second, rest = (kwargs["attention_mask"] for _, kwargs in block.arguments)
+    assert first is second and rest.shape[0] == 1
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_later_layers_see_edits(model_type, tokens):
+    model = tiny_model(model_type)
+    for block in walk(model, tokens, batch_size=5):
+        with torch.no_grad():
+            for parameter in block.layer.parameters():
+                parameter.mul_(0.5)
+        (output,) = block.outputs()
+    assert torch.equal(output, final_states(model, tokens))
+
+
+def test_a_layer_replaced_in_the_stack_is_seen(tokens):
+    model, other = tiny_model("llama"), tiny_model("llama", hidden_act="relu")
+    for block in walk(model, tokens, batch_size=5):
+        block.stack[block.index] = decoder_layers(other)[1][block.index]
+        (output,) = block.outputs()
+    assert torch.equal(output, final_states(other, tokens))
+
+
+def test_training_mode_and_random_state_are_kept(tokens):
+    model = tiny_model("gpt2").train()
+    decoder_layers(model)[1][1].eval()
+    modes = [module.training for module in model.modules()]
+    state = torch.get_rng_state()
+    expected = final_states(tiny_model("gpt2"), tokens)
+    for block in walk(model, tokens):
+        assert [module.training for module in model.modules()] == modes
+        torch.set_rng_state(state)
+        (output,) = block.outputs()
+        assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(output, expected)
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_nothing_is_left_behind_on_early_stop_or_error(tokens):
+    model = tiny_model("llama")
+    for block in walk(model, tokens):
+        for _ in block.gram_groups(linears(block.layer)):
+            assert_untouched(model)
+            break
+        break
+    assert_untouched(model)
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("broken layer")
+
+    decoder_layers(model)[1][0].mlp.act_fn.forward = fail
+    with pytest.raises(RuntimeError, match="broken layer"):
+        list(walk(model, tokens))
+    del decoder_layers(model)[1][0].mlp.act_fn.forward
+    assert_untouched(model)
+
+
+def test_a_forward_set_by_someone_else_survives(tokens):
+    model = tiny_model("llama")
+    layer = decoder_layers(model)[1][0]
+    original = layer.forward
+    layer.forward = lambda *args, **kwargs: original(*args, **kwargs)
+    mine = layer.forward
+    list(walk(model, tokens))
+    assert layer.forward is mine
+
+
+LLAMA_GROUPS = [
+    ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    ["self_attn.o_proj"],
+    ["mlp.gate_proj", "mlp.up_proj"],
+    ["mlp.down_proj"],
+]
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+def test_groups_of_llama(sequential, tokens):
+    for block in walk(tiny_model("llama"), tokens, batch_size=2):
+        groups = [names for names, _ in block.gram_groups(linears(block.layer), sequential=sequential)]
+        assert groups == LLAMA_GROUPS
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("model_type", ["llama", "opt", "gpt2", "phi3"])
+def test_gram_equals_brute_force(model_type, dtype, sequential, tokens):
+    model = tiny_model(model_type, dtype)
+    inputs = {}
+
+    def keep(name):
+        return lambda module, args: inputs.setdefault(name, []).append(args[0].reshape(-1, args[0].shape[-1]))
+
+    kinds = (nn.Linear,) if model_type != "gpt2" else tuple({type(decoder_layers(model)[1][0].attn.c_attn)})
+    _, stack = decoder_layers(model)
+    handles = [
+        module.register_forward_pre_hook(keep(f"{index}.{name}"))
+        for index, layer in enumerate(stack)
+        for name, module in layer.named_modules()
+        if isinstance(module, kinds)
+    ]
+    with torch.no_grad():
+        for batch in tokens.split(2):
+            model(input_ids=batch)
+    for handle in handles:
+        handle.remove()
+    measured = set()
+    for block in walk(model, tokens, batch_size=2):
+        modules = {name: module for name, module in block.layer.named_modules() if isinstance(module, kinds)}
+        for names, gram in block.gram_groups(modules, sequential=sequential):
+            assert gram.dtype == torch.float32
+            for name in names:
+                x = torch.cat(inputs[f"{block.index}.{name}"]).double()
+                torch.testing.assert_close(gram.double(), x.T @ x / len(x), rtol=1e-5, atol=1e-5 * gram.max().item())
+                measured.add(f"{block.index}.{name}")
+    assert measured == inputs.keys()
+
+
+def test_sequential_groups_see_modules_replaced_before(tokens):
+    model = tiny_model("llama")
+    block = next(iter(walk(model, tokens)))
+    dense = dict(zip(map(tuple, LLAMA_GROUPS), (g for _, g in block.gram_groups(linears(block.layer))), strict=True))
+    for names, gram in block.gram_groups(linears(block.layer)):
+        changed = not torch.equal(gram, dense[tuple(names)])
+        assert changed == ("self_attn.q_proj" not in names)
+        for name in names:
+            old = block.layer.get_submodule(name)
+            new = nn.Linear(old.in_features, old.out_features, bias=False)
+            block.layer.set_submodule(name, new)
+
+
+def test_a_module_no_token_reaches_is_named(tokens):
+    model = tiny_model("llama")
+    block = next(iter(walk(model, tokens)))
+    with pytest.raises(ValueError, match=r"No calibration token reached spare in model\.layers\.0"):
+        list(block.gram_groups({"spare": nn.Linear(4, 4)}))
+
+
+def test_decoder_layers_of_each_kind():
+    names = {kind: decoder_layers(tiny_model(kind))[0] for kind in MODELS}
+    assert names["llama"] == "model.layers"
+    assert names["opt"] == "model.decoder.layers"
+    assert names["gpt2"] == "transformer.h"
+
+
+def test_no_decoder_layers_found():
+    with pytest.raises(ValueError, match="not a Transformers model"):
+        decoder_layers(nn.Linear(2, 2))
+    model = tiny_model("llama")
+    model.config.num_hidden_layers = 7
+    with pytest.raises(ValueError, match=r"num_hidden_layers = 7"):
+        walk(model, torch.ones(1, 4, dtype=torch.long))
+
+
+def test_hidden_states_changed_between_layers_are_refused(tokens):
+    model = tiny_model("llama")
+    decoder = model.get_decoder()
+
+    def between(input_ids, use_cache):
+        states = decoder.embed_tokens(input_ids)
+        positions = decoder.rotary_emb(states, position_ids=torch.arange(17)[None])
+        for layer in decoder.layers:
+            states = layer(states, position_embeddings=positions) * 2
+
+    decoder.forward = between
+    with pytest.raises(ValueError, match="straight from one decoder layer to the next"):
+        next(iter(walk(model, tokens)))
+
+
+def test_tokens_must_be_a_matrix():
+    with pytest.raises(ValueError, match=r"shape \(samples, length\), got \(4,\)"):
+        walk(tiny_model("llama"), torch.arange(4))
