@@ -129,17 +129,25 @@ class Calibration:
                     f"This calibration was run on {self.source['kind']} passed in memory, of which only the checksum "
                     "was kept. Pass the data again: Calibration(source=...)."
                 )
+        documents = self._documents()
         if tokenizer is None:
             tokenizer = _find_tokenizer(model)
-        return _in_vocabulary(self._windows(tokenizer), model)
+        return _in_vocabulary(self._windows(documents, tokenizer), model)
 
-    def _windows(self, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    def check(self) -> None:
+        """Raise what `tokens` would raise about a missing file or dataset, before a model is loaded for it."""
+        if _kind(self.source) in ("text", "texts"):
+            self._documents()
+
+    def _documents(self) -> Iterator[str]:
+        return read_documents(self.source, subset=self.subset, split=self.split, text_column=self.text_column)
+
+    def _windows(self, documents: Iterator[str], tokenizer: PreTrainedTokenizerBase) -> Tensor:
         """Cut windows out of the source's text at seeded random offsets."""
         start = _start(tokenizer)
         length = self.length - len(start)
         if length < 1:
             raise ValueError("length=1 leaves no room after the beginning-of-text token. Pass a larger length.")
-        documents = read_documents(self.source, subset=self.subset, split=self.split, text_column=self.text_column)
         needed = self.samples * length
         ids = _tokenize(tokenizer, documents, CHOICE * needed)
         if len(ids) < needed:

@@ -9,7 +9,9 @@ import re
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.constants import ENDPOINT
 
+from . import __version__
 from .report import Report
 from .step import STEPS
 
@@ -65,10 +67,10 @@ def model_card(model, report: Report | None = None, *, repo_id: str | None = Non
     name = repo_id or "path/to/this/folder"
     use = PACKED_USE if quant_method(model) == "slim" else PLAIN_USE
     title = repo_id.rpartition("/")[2] if repo_id else f"{base.rpartition('/')[2] if base else 'Model'}, slimmed"
-    made_from = f"Made from [{base}](https://huggingface.co/{base})" if base else "Made"
+    made_from = f"Made from [{base}]({ENDPOINT}/{base})" if base else "Made"
     parts = [
         f"# {title}",
-        f"{made_from} with [optimum-slim](https://pypi.org/project/optimum-slim/).",
+        f"{made_from} with optimum-slim {__version__}.",
         "## Use",
         use.format(name=name),
         "## Recipe",

@@ -15,7 +15,6 @@ from pathlib import Path
 
 
 HELP = "Slim a language model: packed ternary weights through a recipe."
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
 
 
 def add_commands(parser: argparse.ArgumentParser) -> None:
@@ -107,6 +106,7 @@ def optimum_command():
 
 def run_command(args: argparse.Namespace) -> None:
     """Slim MODEL and save it to OUT, or print the plan of it."""
+    from optimum_slim.loading import load_tokenizer
     from optimum_slim.saving import check_target, save, write_report
 
     config = _config(args)
@@ -118,7 +118,9 @@ def run_command(args: argparse.Namespace) -> None:
     if args.evaluate and not Path(args.evaluate).is_file():
         raise FileNotFoundError(f"--evaluate: no such text file: {args.evaluate}")
     evaluation = {"before": _evaluate_apart(args, args.model, args.gguf_file)} if args.evaluate else {}
-    config.tokenizer = tokenizer = _tokenizer(args)
+    config.tokenizer = tokenizer = load_tokenizer(args.model, **_loaded_as(args))
+    if tokenizer is None:
+        print(f"{args.model} holds no tokenizer; none is used or saved", file=sys.stderr)
     model = _slimmed(args, config)
     report = model.slim_report
     out = save(model, args.out, tokenizer=tokenizer, overwrite=args.overwrite)
@@ -134,10 +136,11 @@ def run_command(args: argparse.Namespace) -> None:
 def evaluate_command(args: argparse.Namespace) -> None:
     """Measure MODEL and print the figures."""
     from optimum_slim.evaluate import evaluate
+    from optimum_slim.loading import load_model, load_tokenizer
     from optimum_slim.report import Report
 
-    tokenizer = _tokenizer(args)
-    model = _dense(args).eval()
+    tokenizer = load_tokenizer(args.model, **_loaded_as(args))
+    model = load_model(args.model, dtype=args.dtype, **_loaded_as(args)).eval()
     path = Path(args.model) if Path(args.model).is_dir() else None
     if path and args.gguf_file:
         path = path / args.gguf_file
@@ -235,9 +238,10 @@ def _slimmed(args: argparse.Namespace, config):
     from transformers import AutoModelForCausalLM
 
     from optimum_slim import slim
+    from optimum_slim.loading import load_model
 
     if args.gguf_file:
-        model = _dense(args)
+        model = load_model(args.model, dtype=args.dtype, **_loaded_as(args))
         slim(model, config.steps, data=config.calibration, tokenizer=config.tokenizer)
         return model
     _model_config(args)
@@ -246,38 +250,8 @@ def _slimmed(args: argparse.Namespace, config):
     )
 
 
-def _dense(args: argparse.Namespace):
-    """The model as it is stored; a GGUF file is read into dense weights and forgets where it came from."""
-    from transformers import AutoModelForCausalLM
-
-    import optimum_slim  # noqa: F401
-
-    extra = {"gguf_file": args.gguf_file} if args.gguf_file else {}
-    model = AutoModelForCausalLM.from_pretrained(
-        args.model, dtype=args.dtype, trust_remote_code=args.trust_remote_code or None, **extra
-    )
-    if args.gguf_file:
-        forget_gguf(model)
-    return model
-
-
-def forget_gguf(model) -> None:
-    """Make a model whose weights were read from a GGUF file an ordinary dense one, which can be slimmed and saved."""
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None:
-        quantizer.remove_quantization_config(model)
-    model.config.__dict__.pop("quantization_config", None)
-
-
-def _tokenizer(args: argparse.Namespace):
-    from transformers import AutoTokenizer
-
-    folder = Path(args.model)
-    if folder.is_dir() and not args.gguf_file and not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        print(f"{args.model} holds no tokenizer; none is used or saved", file=sys.stderr)
-        return None
-    extra = {"gguf_file": args.gguf_file} if args.gguf_file else {}
-    return AutoTokenizer.from_pretrained(args.model, trust_remote_code=args.trust_remote_code or None, **extra)
+def _loaded_as(args: argparse.Namespace) -> dict:
+    return {"gguf_file": args.gguf_file, "trust_remote_code": args.trust_remote_code}
 
 
 def _evaluate_apart(args: argparse.Namespace, model, gguf_file: str | None) -> dict:

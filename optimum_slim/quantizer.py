@@ -88,6 +88,8 @@ class SlimQuantizer(HfQuantizer):
             check_checkpoint(model, checkpoint_files)
             return
         self.bytes_before = model_bytes(model)
+        if any(step.needs_data for step in config.steps):
+            config.calibration.check()
         for step in config.steps:
             if not isinstance(step, LinearStep) or step.needs_data:
                 step.resolve(model)  # what cannot work is refused before the weights are read
@@ -122,8 +124,8 @@ class SlimQuantizer(HfQuantizer):
             if self.error is None:
                 state = self.on_load[index].pack(name, weight)
                 module.load_packed(state)
-                error = relative_error(module.dense() - weight.float(), weight, None)
-                self.reports[index].layers.append(layer_row(name, module) | {"relative_error": error})
+                row = layer_row(name, module) | {"relative_error": relative_error(module, weight)}
+                self.reports[index].layers.append(row)
                 self.reports[index].seconds += time.perf_counter() - start
                 return state
         except (ValueError, TypeError) as error:

@@ -149,7 +149,7 @@ def compare(before, after) -> list[tuple[str, str, str, str]]:
 
 
 def show(parts: Callable[[box.Box], list], console: Console | None = None) -> None:
-    """Print tables and lines: `parts` makes them in a given box style, drawn on a terminal, plain Markdown elsewhere."""
+    """Print the tables and lines that `parts` makes in a box style: drawn on a terminal, Markdown elsewhere."""
     console = console or Console()
     if console.is_terminal:
         for part in parts(box.ROUNDED):

@@ -16,6 +16,7 @@ from torch import nn
 
 from .card import model_card
 from .report import Report, megabytes
+from .stored import stored_bits
 
 
 SPARE_BYTES = 32 * 2**20  # tokenizer, card, report and file headers
@@ -132,6 +133,13 @@ def _write(model, folder: Path, tokenizer, report: Report | None, max_shard_size
     model.save_pretrained(folder, **({} if max_shard_size is None else {"max_shard_size": max_shard_size}))
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+    report = report or getattr(model, "slim_report", None)
+    bits = stored_bits(folder)
+    if report is not None and bits.packed is not None:
+        report.note(
+            f"on disk {megabytes(bits.dense_bytes)} of {megabytes(bits.dense_bytes + bits.packed_bytes)} stay dense "
+            f"(embeddings, output head, norms, biases); packed layers take {bits.packed:.3f} stored bits per weight"
+        )
     write_report(model, folder, report, repo_id=repo_id)
     mode = folder.stat().st_mode & 0o666  # safetensors makes its files private whatever the umask says
     for file in folder.rglob("*"):

@@ -136,6 +136,8 @@ class LinearStep(Step):
 
     def resolve(self, model: nn.Module) -> "LinearStep":
         """The step with the names of all linear layers left dense. Raises a `ValueError` if none is left to pack."""
+        if self.needs_data:
+            decoder_layers(model)
         patterns = set(self.modules_to_not_convert or ()) | _always_dense(model)
         _refuse_fused_experts(self, model, patterns)
         dense, packed = set(), 0
@@ -147,7 +149,7 @@ class LinearStep(Step):
         if not packed:
             raise ValueError(
                 f"{self.name} found no linear layer to pack in {type(model).__name__}: "
-                f"modules_to_not_convert leaves {sorted(dense) or 'no nn.Linear at all'}. "
+                f"{f'modules_to_not_convert leaves all {len(dense)} dense' if dense else 'it holds none'}. "
                 "A model that is quantized already must be loaded dense first."
             )
         # Patterns that name no linear layer (fused experts left dense on purpose) are kept as they were given.
@@ -162,8 +164,8 @@ class LinearStep(Step):
         """`compress` with the checks that concern every method; errors name the layer."""
         if not weight.is_floating_point():
             raise TypeError(f"{name}.weight has dtype {weight.dtype}; {self.name} packs floating-point weights only")
-        weight = weight.float()
-        if not torch.isfinite(weight).all():
+        weight = weight.detach().float()
+        if not all(torch.isfinite(extreme) for extreme in weight.aminmax()):
             raise ValueError(
                 f"{name}.weight holds NaN or infinite values; the checkpoint is damaged, load a sound one"
             )
@@ -181,9 +183,7 @@ class LinearStep(Step):
         packed.bias = linear.bias
         packed.train(linear.training)
         model.set_submodule(name, packed)
-        return layer_row(name, packed) | {
-            "relative_error": relative_error(packed.dense() - dense.float(), dense, gram)
-        }
+        return layer_row(name, packed) | {"relative_error": relative_error(packed, dense, gram)}
 
     def apply(self, model: nn.Module, tokens: Tensor | None) -> StepReport:
         start, rows = time.perf_counter(), []
@@ -224,13 +224,15 @@ def layer_row(name: str, packed: PackedLinear) -> dict[str, Any]:
     }
 
 
-def relative_error(delta: Tensor, weight: Tensor, gram: Tensor | None) -> float:
-    """||D X||² / ||W X||² on the calibration tokens, or ||D||² / ||W||² without a Gram matrix."""
-    weight = weight.float()
+def relative_error(packed: PackedLinear, weight: Tensor, gram: Tensor | None = None) -> float:
+    """||D X||² / ||W X||² with D = packed - W, on the calibration tokens, or ||D||² / ||W||² without a Gram matrix."""
+    delta = packed.dense().sub_(weight)
     if gram is None:
-        return float(delta.square().sum() / weight.square().sum().clamp(min=1e-30))
-    gram = gram.to(weight)
-    return float(((delta @ gram) * delta).sum() / ((weight @ gram) * weight).sum().clamp(min=1e-30))
+        lost, norm = (torch.linalg.vector_norm(w, dtype=torch.float32) ** 2 for w in (delta, weight))
+    else:
+        gram = gram.to(delta)
+        lost, norm = (torch.sum((w @ gram).mul_(w)) for w in (delta, weight.float()))
+    return float(lost / norm.clamp(min=1e-30))
 
 
 def _always_dense(model: nn.Module) -> set[str]:
@@ -245,8 +247,9 @@ def _refuse_fused_experts(step: LinearStep, model: nn.Module, patterns: set[str]
     fused = {
         f"{name}.{key}": tuple(parameter.shape)
         for name, module in model.named_modules()
+        if "conv" not in type(module).__name__.lower() and not matches(name, patterns)
         for key, parameter in module.named_parameters(recurse=False)
-        if parameter.dim() == 3 and "conv" not in type(module).__name__.lower() and not matches(name, patterns)
+        if parameter.dim() == 3 and min(parameter.shape) > 1
     }
     if fused:
         name, shape = next(iter(fused.items()))

@@ -76,8 +76,7 @@ class BitNet(LinearStep):
 
     def compress(self, weight: Tensor, gram: Tensor | None = None) -> dict[str, Tensor]:
         codes, gamma = ternarize(weight)
-        lost = (weight - gamma * codes).square().sum() / weight.square().sum().clamp(min=1e-30)
-        if lost > MAX_ENERGY_LOST and not self.force:
+        if not self.force and (lost := energy_lost(weight, codes, gamma)) > MAX_ENERGY_LOST:
             raise ValueError(
                 f"absmean rounding loses {lost:.0%} of the weight's energy, so this model was not trained for ternary "
                 "weights and would produce garbage. Use PT2LLM, which ternarizes ordinary models with calibration "
@@ -114,10 +113,16 @@ def ternarize(weight: Tensor) -> tuple[Tensor, Tensor]:
     """
     magnitude = weight.abs()
     largest = magnitude.max()
-    if largest > 0 and bool(((magnitude == largest) | (magnitude == 0)).all()):
+    if largest > 0 and all(bool(((row == largest) | (row == 0)).all()) for row in magnitude):
         return weight.sign().to(torch.int8), largest
     gamma = magnitude.mean().clamp(min=1e-5)
-    return (weight / gamma).round_().clamp_(-1, 1).to(torch.int8), gamma
+    return torch.div(weight, gamma, out=magnitude).round_().clamp_(-1, 1).to(torch.int8), gamma
+
+
+def energy_lost(weight: Tensor, codes: Tensor, gamma: Tensor) -> float:
+    """||W - gamma T||² / ||W||²."""
+    lost = torch.linalg.vector_norm(weight - gamma * codes) / torch.linalg.vector_norm(weight).clamp(min=1e-30)
+    return float(lost) ** 2
 
 
 def stock_bitnet_config(steps) -> dict[str, Any]:

@@ -1,4 +1,32 @@
-"""PT2-LLM."""
+"""PT2-LLM (arXiv 2510.03267): ternary weights for an ordinary model, with calibration data but without training.
+
+Every row of a weight matrix is cut into groups of 128 columns, and each group becomes codes in {-1, 0, 1} on a grid of
+its own, with a scale and an offset:
+
+    W[n, k] ~ scale[n, g] * T[n, k] + offset[n, g]        g = k // group_size
+
+What is minimized is not the error of the weights but that of the layer's outputs on calibration tokens X, which only
+needs their Gram matrix H = X X^T / tokens:
+
+    ||(W - Q) X||^2 / tokens = tr((W - Q) H (W - Q)^T)
+
+Three pieces, for one group after the other:
+
+1. Iterative ternary fitting (ITF): alternate the least-squares grid for given codes with the nearest codes for a given
+   grid until the codes stay as they are. The error never grows.
+2. Activation-aware grid alignment (AGA): with the codes frozen, the scale and offset that minimize the output error,
+   an exact 2 x 2 solution for each row.
+3. Error feedback (GPTQ): what the group got wrong is compensated by the columns still to come.
+
+`variant="paper"` is just that. The default, `"refined"`, keeps the layout and the objective and searches harder: columns
+of a group are rounded one by one with feedback inside the group too, and afterwards `rounds` times all grids of a row
+are solved for jointly and every code is moved to the best of its three values given all others (coordinate descent).
+Each of these steps lowers the output error. The paper's reordering of columns is left out: it would
+need a permutation stored and applied with every layer.
+
+Cost: about 2.3 bits a weight (2 for the code, 32 / group_size for scale and offset). Expect large models to take it
+well and small ones badly.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +36,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from optimum_slim._kernels import pack_ternary
-from optimum_slim.packed import TernaryLinear, linear_shape
-from optimum_slim.step import LinearStep, register
+from .._kernels import pack_ternary
+from ..packed import TernaryLinear, linear_shape
+from ..step import LinearStep, register
+
+
+SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+MAX_DAMPENING = 1.0
+ROWS_AT_ONCE = 512
 
 
 @register(
@@ -18,12 +51,44 @@ from optimum_slim.step import LinearStep, register
 )
 @dataclass(frozen=True, kw_only=True)
 class PT2LLM(LinearStep):
+    """Asymmetric ternary weights fitted to calibration data.
+
+    Args:
+        group_size (`int`): input columns that share a scale and an offset within a row.
+        variant (`str`): `"refined"` (lower error) or `"paper"`.
+        rounds (`int`): joint grid solutions and sweeps over the codes after the first pass; unused by `"paper"`.
+        iterations (`int`): most ITF iterations.
+        dampening (`float`): share of the mean diagonal added to the Gram matrix's; raised tenfold, up to 1, for as
+            long as the matrix cannot be factorized.
+        activation_bits (`8` or `None`): int8 activations per token and group, or activations left as they are.
+        scale_dtype (`str`): `"float16"`, `"bfloat16"` or `"float32"`: how scales and offsets are stored.
+        modules_to_not_convert (`tuple[str]`, *optional*): see `LinearStep`.
+    """
+
     needs_data: ClassVar[bool] = True
+
     group_size: int = 128
-    dampening: float = 0.01
+    variant: str = "refined"
+    rounds: int = 2
     iterations: int = 10
+    dampening: float = 0.01
     activation_bits: int | None = None
     scale_dtype: str = "float16"
+
+    def __post_init__(self):
+        for name, least in {"group_size": 1, "iterations": 1, "rounds": 0}.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name} must be an integer of at least {least}, found {value!r}")
+        if not 0 < self.dampening <= MAX_DAMPENING:
+            raise ValueError(f"dampening must be above 0 and at most {MAX_DAMPENING}, found {self.dampening!r}")
+        for name, known in {
+            "variant": ("refined", "paper"),
+            "activation_bits": (8, None),
+            "scale_dtype": tuple(SCALE_DTYPES),
+        }.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {known}, found {getattr(self, name)!r}")
 
     def empty(self, linear: nn.Module) -> TernaryLinear:
         out_features, in_features = linear_shape(linear)
@@ -34,31 +99,261 @@ class PT2LLM(LinearStep):
             group_size=self.group_size,
             offset=True,
             activation_bits=self.activation_bits,
-            scale_dtype=getattr(torch, self.scale_dtype),
+            scale_dtype=SCALE_DTYPES[self.scale_dtype],
             transposed=type(linear) is not nn.Linear,
             dtype=linear.weight.dtype,
             device="meta",
         )
 
     def compress(self, weight: Tensor, gram: Tensor | None = None) -> dict[str, Tensor]:
-        alpha, mu, codes = fit_ternary(weight.float(), self.group_size, self.iterations)
-        dtype = getattr(torch, self.scale_dtype)
-        return {"weight": pack_ternary(codes), "weight_scale": alpha.to(dtype), "weight_offset": mu.to(dtype)}
+        check_finite(weight, gram)
+        weight, hessian, factor = prepare(weight.float(), gram.float(), self.dampening)
+        grid = Grid(self.group_size, SCALE_DTYPES[self.scale_dtype])
+        refined = self.variant == "refined"
+        scale, offset, codes, _ = feedback(
+            weight, hessian, factor, grid, iterations=self.iterations, by_column=refined
+        )
+        for _ in range(self.rounds if refined else 0):
+            scale, offset, codes = solve_grids(weight, hessian, codes, grid)
+            codes = sweep_codes(weight, hessian, scale, offset, codes, grid)
+        if refined:
+            scale, offset, codes = solve_grids(weight, hessian, codes, grid)
+        return {
+            "weight": pack_ternary(codes.to(torch.int8)),
+            "weight_scale": scale.to(grid.dtype),
+            "weight_offset": offset.to(grid.dtype),
+        }
 
 
-def fit_ternary(weight: Tensor, group_size: int, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
-    alphas, mus, codes = [], [], []
-    for block in weight.split(group_size, dim=1):
-        mu = block.mean(1, keepdim=True)
-        alpha = (block - mu).abs().mean(1, keepdim=True) * 1.4
-        for _ in range(iterations):
-            t = ((block - mu) / alpha.clamp(min=1e-12)).round().clamp(-1, 1)
-            n, s1, s2 = block.shape[1], t.sum(1, keepdim=True), t.square().sum(1, keepdim=True)
-            det = n * s2 - s1 * s1
-            wt, w1 = (block * t).sum(1, keepdim=True), block.sum(1, keepdim=True)
-            alpha = torch.where(det > 0, (n * wt - s1 * w1) / det.clamp(min=1e-12), torch.zeros_like(alpha))
-            mu = (w1 - alpha * s1) / n
-        alphas.append(alpha)
-        mus.append(mu)
-        codes.append(t)
-    return torch.cat(alphas, 1), torch.cat(mus, 1), torch.cat(codes, 1).to(torch.int8)
+@dataclass(frozen=True)
+class Grid:
+    """How scales and offsets are laid out: columns per group, and the dtype they are stored in."""
+
+    size: int
+    dtype: torch.dtype
+
+    def groups(self, columns: int) -> list[slice]:
+        """The columns of each group; the last may be short."""
+        return [slice(start, min(start + self.size, columns)) for start in range(0, columns, self.size)]
+
+    def expand(self, values: Tensor, columns: int) -> Tensor:
+        """(rows, groups) to (rows, columns)."""
+        return values.repeat_interleave(self.size, dim=1)[:, :columns]
+
+    def weight(self, scale: Tensor, offset: Tensor, codes: Tensor) -> Tensor:
+        """The dense weight, (rows, columns)."""
+        columns = codes.shape[1]
+        return self.expand(scale, columns) * codes + self.expand(offset, columns)
+
+    def stored(self, scale: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and offset as they will be read back, so that later columns can make up for their rounding."""
+        rounded = [value.to(self.dtype).to(value.dtype) for value in (scale, offset)]
+        lost = sum((a - b).abs() for a, b in zip(rounded, (scale, offset), strict=True))
+        if not (lost <= 0.02 * (scale.abs() + offset.abs())).all():
+            largest = max(scale.abs().max().item(), offset.abs().max().item())
+            raise ValueError(
+                f"scales and offsets (of magnitude up to {largest:.3g}) are out of the range of {self.dtype}; "
+                'pass scale_dtype="bfloat16" or "float32"'
+            )
+        return rounded[0], rounded[1]
+
+
+def check_finite(weight: Tensor, gram: Tensor | None) -> None:
+    """Raise a `ValueError` that names what is missing, misshapen or not finite."""
+    if gram is None:
+        raise ValueError("PT2LLM needs the Gram matrix of the layer's inputs; run it with calibration data")
+    if gram.shape != (weight.shape[1], weight.shape[1]):
+        raise ValueError(f"the Gram matrix has shape {tuple(gram.shape)}, expected {(weight.shape[1],) * 2}")
+    for name, tensor in {"the weight": weight, "the Gram matrix of the layer's inputs": gram}.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} holds NaN or infinite values; check the checkpoint, or calibrate in float32")
+
+
+def prepare(weight: Tensor, gram: Tensor, dampening: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Dampen the Gram matrix and factorize it.
+
+    Inputs that were always zero get a diagonal entry of 1 and zero weights.
+
+    Returns:
+        The weight, the dampened H with a mean diagonal of about 1, and V, upper triangular with H = V V^T. Its inverse
+        U is GPTQ's factor, H^-1 = U^T U, and a block of V on the diagonal is the inverse of the same block of U.
+
+    Raises:
+        ValueError: no token reached the layer, or H is not positive definite even at the largest dampening.
+    """
+    mean = gram.diagonal().mean()
+    if mean <= 0:
+        raise ValueError("the Gram matrix is zero: no calibration token reached this layer; use more samples")
+    hessian = gram / mean
+    dead = hessian.diagonal() == 0
+    hessian.diagonal()[dead] = 1
+    weight = weight.masked_fill(dead, 0)
+    mean = hessian.diagonal().mean()
+    while dampening <= MAX_DAMPENING * 1.001:
+        dampened = hessian + torch.diag(dampening * mean.expand(len(hessian)))
+        factor, failed = torch.linalg.cholesky_ex(dampened.flip(0, 1))
+        if not failed:
+            return weight, dampened, factor.flip(0, 1)
+        dampening *= 10
+    raise ValueError(
+        f"the Gram matrix is not positive definite, even with a dampening of {MAX_DAMPENING}; "
+        "use more calibration samples, or calibrate in float32"
+    )
+
+
+def nearest_codes(weight: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    """Codes of the grid points next to the weights; 0 where the scale is 0."""
+    return torch.where(scale > 0, (weight - offset) / scale, 0).round_().clamp_(-1, 1)
+
+
+def align_grid(weight: Tensor, codes: Tensor, metric: Tensor) -> tuple[Tensor, Tensor]:
+    """AGA: the exact minimum of (w - a t - m) S (w - a t - m)^T for each row w with codes t.
+
+    Args:
+        weight, codes: One group, (rows, columns).
+        metric: S, positive definite (columns, columns), or its diagonal.
+
+    Returns:
+        a and m, (rows, 1) each. Rows whose codes are all equal get a = 0.
+    """
+    weight, codes, metric = weight.double(), codes.double(), metric.double()
+    codes_s = codes * metric if metric.dim() == 1 else codes @ metric
+    ones_s = metric if metric.dim() == 1 else metric.sum(0)
+    tt, to, oo = (codes_s * codes).sum(1), codes @ ones_s, ones_s.sum()
+    tw, ow = (codes_s * weight).sum(1), weight @ ones_s
+    determinant = tt * oo - to * to
+    solvable = determinant > 1e-9 * tt * oo
+    scale = torch.where(solvable, (tw * oo - to * ow) / determinant.where(solvable, 1), 0)
+    offset = (ow - scale * to) / oo
+    return scale.float()[:, None], offset.float()[:, None]
+
+
+def fit_ternary(weight: Tensor, importance: Tensor, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
+    """ITF: scale and offset (rows, 1) and codes (rows, columns) of one group, without regard to correlations.
+
+    Args:
+        weight: (rows, columns).
+        importance: What each column's error counts, (columns,); ones for the plain error of the weights.
+        iterations: Most alternations.
+    """
+    offset = weight.mean(1, keepdim=True)
+    scale = 1.4 * (weight - offset).abs().mean(1, keepdim=True)
+    codes = nearest_codes(weight, scale, offset)
+    for _ in range(iterations):
+        scale, offset = align_grid(weight, codes, importance)
+        previous, codes = codes, nearest_codes(weight, scale, offset)
+        if torch.equal(previous, codes):
+            break
+    return scale, offset, codes
+
+
+def feedback(
+    weight: Tensor, hessian: Tensor, factor: Tensor, grid: Grid, *, iterations: int, by_column: bool
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Fit one group after the other; the columns still to come compensate for the error of those done.
+
+    Args:
+        weight: (rows, columns).
+        hessian, factor: H and V of `prepare`.
+        grid: Group size and storage dtype.
+        iterations: Most ITF iterations.
+        by_column: Round the columns of a group one by one, each making up for those before it, on a grid from an ITF
+            that weighs columns by their second moments; AGA then counts the error that is left once all later columns
+            have compensated. Otherwise as in the paper: codes from ITF, AGA with the group's block of H.
+
+    Returns:
+        Scale and offset (rows, groups), as stored, codes (rows, columns), all fp32, and tr((W - Q) H (W - Q)^T).
+    """
+    inverse = torch.linalg.solve_triangular(factor, torch.eye(len(factor), device=factor.device), upper=True)
+    weight, codes, grids, error = weight.clone(), torch.empty_like(weight), [], 0.0
+    for group in grid.groups(weight.shape[1]):
+        block, triangle = weight[:, group], factor[group, group]
+        importance = hessian.diagonal()[group] if by_column else torch.ones_like(block[0])
+        scale, offset, chosen = fit_ternary(block, importance, iterations)
+        if by_column:
+            chosen = round_columns(block, scale, offset, inverse[group, group])
+        metric = triangle @ triangle.T if by_column else hessian[group, group]
+        scale, offset, codes[:, group] = positive(*align_grid(block, chosen, metric), chosen)
+        grids.append(grid.stored(scale, offset))
+        residual = (block - grid.weight(*grids[-1], codes[:, group])) @ triangle
+        weight[:, group.stop :] -= residual @ inverse[group, group.stop :]
+        error += residual.square().sum().item()
+    scale, offset = (torch.cat(values, dim=1) for values in zip(*grids, strict=True))
+    return scale, offset, codes, error
+
+
+def round_columns(weight: Tensor, scale: Tensor, offset: Tensor, inverse: Tensor) -> Tensor:
+    """Codes of one group, (rows, columns), rounded from left to right with feedback; `inverse` is its block of U."""
+    columns = weight.T.contiguous()
+    scale, offset = scale[:, 0], offset[:, 0]
+    codes = torch.empty_like(columns)
+    for k in range(len(columns)):
+        codes[k] = nearest_codes(columns[k], scale, offset)
+        residual = (columns[k] - scale * codes[k] - offset) / inverse[k, k]
+        columns[k + 1 :].addr_(inverse[k, k + 1 :], residual, alpha=-1)
+    return codes.T
+
+
+def positive(scale: Tensor, offset: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same weights with no negative scale: (rows, 1) for one group of codes."""
+    return scale.abs(), offset, torch.where(scale < 0, -codes, codes)
+
+
+def solve_grids(weight: Tensor, hessian: Tensor, codes: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
+    """Minimize tr((W - Q) H (W - Q)^T) over all scales and offsets of each row jointly, with the codes frozen.
+
+    The normal equations of a row have 2 * groups unknowns. Returns scale and offset (rows, groups) as stored, and the
+    codes, with the sign turned where a scale came out negative.
+    """
+    rows, columns = codes.shape
+    groups = grid.groups(columns)
+    member = torch.zeros(columns, len(groups), device=codes.device)  # 1 where a column belongs to a group
+    for number, group in enumerate(groups):
+        member[group, number] = 1
+    ones = member.T @ hessian @ member
+    scales, offsets = [], []
+    for part in range(0, rows, ROWS_AT_ONCE):
+        t, target = codes[part : part + ROWS_AT_ONCE], weight[part : part + ROWS_AT_ONCE] @ hessian
+        matrix = torch.empty(len(t), 2, len(groups), 2, len(groups), dtype=torch.float64, device=codes.device)
+        for number, group in enumerate(groups):
+            product = t[:, group] @ hessian[group]
+            matrix[:, 0, number, 0] = (product * t) @ member
+            matrix[:, 0, number, 1] = product @ member
+        matrix[:, 1, :, 0] = matrix[:, 0, :, 1].transpose(1, 2)
+        matrix[:, 1, :, 1] = ones
+        matrix = matrix.flatten(3, 4).flatten(1, 2)
+        diagonal = matrix.diagonal(dim1=1, dim2=2)
+        diagonal += 1e-7 * diagonal.mean(dim=1, keepdim=True)  # groups whose codes are all equal
+        right = torch.cat([(target * t) @ member, target @ member], dim=1).double()
+        solution = torch.linalg.solve(matrix, right).float()
+        scales.append(solution[:, : len(groups)])
+        offsets.append(solution[:, len(groups) :])
+    scale, offset = torch.cat(scales), torch.cat(offsets)
+    codes = torch.where(grid.expand(scale, columns) < 0, -codes, codes)
+    return *grid.stored(scale.abs(), offset), codes
+
+
+def sweep_codes(
+    weight: Tensor, hessian: Tensor, scale: Tensor, offset: Tensor, codes: Tensor, grid: Grid, sweeps: int = 2
+) -> Tensor:
+    """Coordinate descent: move each code to the best of its three values given all others, column after column.
+
+    With D = W - Q, the best value for column k of a row is its present one plus (D H)[k] / H[k, k], rounded to the
+    grid; no move raises tr(D H D^T). Returns the new codes, (rows, columns).
+    """
+    codes = codes.T.contiguous()
+    gradient = ((weight - grid.weight(scale, offset, codes.T)) @ hessian).T.contiguous()
+    for _ in range(sweeps):
+        for number, group in enumerate(grid.groups(len(codes))):
+            step = scale[:, number]
+            per_code = torch.where(step > 0, 1 / step, 0)
+            block, before = hessian[group, group].contiguous(), codes[group].clone()
+            for k in range(group.start, group.stop):
+                moved = codes[k] + gradient[k] * (per_code / hessian[k, k])
+                change = moved.round_().clamp_(-1, 1) - codes[k]
+                codes[k] += change
+                gradient[group].addr_(block[k - group.start], change * step, alpha=-1)
+            change = (codes[group] - before) * step
+            gradient[: group.start] -= hessian[: group.start, group] @ change
+            gradient[group.stop :] -= hessian[group.stop :, group] @ change
+    return codes.T

@@ -63,7 +63,7 @@ def test_ragged_shapes(dtype, kind, tokens, act_bits):
 @pytest.mark.parametrize("act_bits", [0, 8], ids=["w2a16", "w2a8"])
 @pytest.mark.parametrize("kind", ["row", "group128_offset", "group256", "group100", "group40", "group7"])
 def test_whole_tiles_and_odd_groups(kind, act_bits):
-    check_linear(torch.randn(2, 512), 256, kind, act_bits)
+    check_linear(torch.randn(2, 60 if kind == "group7" else 512), 256, kind, act_bits)
 
 
 @pytest.mark.parametrize("act_bits", [0, 8], ids=["w2a16", "w2a8"])

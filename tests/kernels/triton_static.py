@@ -24,6 +24,7 @@ TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
 _TYPES = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
@@ -72,7 +73,9 @@ def compile_launch(kernel, arguments: dict, target: GPUTarget):
         if (value.data_ptr() if is_tensor else value) % 16 == 0:
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=target, options={name: arguments[name] for name in _OPTIONS if name in arguments})
+    return triton.compile(
+        source, target=target, options={name: arguments[name] for name in _OPTIONS if name in arguments}
+    )
 
 
 def measure(compiled, *, weights: int = 0, multiplications: int = 0) -> Figures:
@@ -106,7 +109,9 @@ def _nvidia(cubin: bytes) -> tuple[str, int, int]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        usage = subprocess.run([tool, "--dump-resource-usage", path], capture_output=True, text=True, check=True).stdout
+        usage = subprocess.run(
+            [tool, "--dump-resource-usage", path], capture_output=True, text=True, check=True
+        ).stdout
         text = subprocess.run([tool, "-sass", path], capture_output=True, text=True, check=True).stdout
     lines = [line for line in text.splitlines() if re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+\S", line)]
     text = "\n".join(lines)
@@ -136,7 +141,6 @@ def _hot_loop(text: str, amd: bool) -> list[str]:
             first = positions.get(target[1] if amd else int(target[1], 16))
             if first is not None and first < len(lines) - 1:
                 loops.append(lines[first:])
-                loops[-1] = lines[first : len(lines)]
     loads = re.compile(r"\bLDG|UTMALDG|global_load|buffer_load")
     loops = [loop for loop in loops if loads.search("\n".join(loop))]
     return max(loops, key=lambda loop: (len(_MATRIX.findall("\n".join(loop))), -len(loop)), default=[])

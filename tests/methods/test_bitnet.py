@@ -4,13 +4,19 @@ import sys
 
 import pytest
 import torch
+import transformers
 from helpers import tiny_llama, token_ids
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitNetConfig, BitNetForCausalLM
 
 from optimum_slim import BitNet, SlimConfig, TernaryLinear, slim
 from optimum_slim._kernels import pack_ternary, unpack_ternary
 from optimum_slim.methods.bitnet import ternarize
+
+
+# Transformers before 5.19 cannot run packed autobitlinear checkpoints itself.
+STOCK_READS_AUTOBITLINEAR = Version(transformers.__version__) >= Version("5.19")
 
 
 def gaussian(rows=64, columns=96, seed=0):
@@ -108,10 +114,11 @@ def test_stock_checkpoints_load_and_save_back_bit_for_bit(tmp_path, linear_class
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "stock", quantization_config=config, dtype=dtype)
     assert isinstance(model.model.layers[1].mlp.down_proj, TernaryLinear)
 
-    ids = token_ids()
-    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "stock", dtype=dtype)(ids).logits
-    tolerance = 1e-5 if dtype == torch.float32 else 0.05
-    torch.testing.assert_close(model(ids).logits, expected, rtol=tolerance, atol=tolerance)
+    if linear_class == "bitlinear" or STOCK_READS_AUTOBITLINEAR:
+        ids = token_ids()
+        expected = AutoModelForCausalLM.from_pretrained(tmp_path / "stock", dtype=dtype)(ids).logits
+        tolerance = 1e-5 if dtype == torch.float32 else 0.05
+        torch.testing.assert_close(model(ids).logits, expected, rtol=tolerance, atol=tolerance)
 
     model.save_pretrained(tmp_path / "back")
     back = load_file(tmp_path / "back/model.safetensors")

@@ -1,4 +1,4 @@
-"""The C kernel (`ternary.c`) behind the CPU implementation: find or build the library, load it, call it.
+"""The C kernel (`ternary.c`) behind the CPU implementation: load the library, call it.
 
 The library is loaded on first use, after torch, so that both share one OpenMP pool. It is looked for next to this
 file (built with the wheel), then in the cache folder, where it is compiled once with the C compiler of the machine.
@@ -11,12 +11,7 @@ Environment variables, read on first use:
 
 import ctypes
 import functools
-import hashlib
 import os
-import platform
-import shutil
-import subprocess
-import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .build import CompilerMissing, find_or_build_library
 from .reference import (
     check_arguments,
     quantize_activations,
@@ -34,70 +30,11 @@ from .reference import (
 from .reference import dequantize as dequantize_reference
 
 
-SOURCE = Path(__file__).with_name("ternary.c")
 PATHS = ("portable", "avx2", "avx512vnni")
-FLAGS = ("-O3", "-std=c11", "-fPIC", "-shared", "-fno-math-errno", "-ffp-contract=off")
 _TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # From this many tokens on, unpacking chunks of the weight for a dense product is faster than reading codes per token.
 _DENSE_TOKENS = 12
 _SCRATCH_BYTES = 4 << 20
-
-
-class CompilerMissing(RuntimeError):
-    """No C compiler, or none that builds the kernel."""
-
-
-def library_name(source: bytes, *build: str) -> str:
-    """File name of the library: a digest of its source and of what built it, so that a stale one is never loaded."""
-    digest = hashlib.sha256(source)
-    for part in build:
-        digest.update(b"\0" + part.encode())
-    return f"ternary-{digest.hexdigest()[:16]}.so"
-
-
-def compile_library(compiler: str, target: Path) -> None:
-    """Build `ternary.c` into `target` with OpenMP, or without it if the compiler has none."""
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        built = Path(folder) / target.name
-        for openmp in (("-fopenmp",), ()):
-            command = [compiler, *FLAGS, *openmp, "-o", str(built), str(SOURCE), "-lm"]
-            result = subprocess.run(command, capture_output=True, text=True, check=False)
-            if result.returncode == 0:
-                built.replace(target)
-                return
-    raise CompilerMissing(f"{compiler} cannot build {SOURCE.name}: {result.stderr.strip()[-300:]}")
-
-
-def cache_folder() -> Path:
-    chosen = os.environ.get("OPTIMUM_SLIM_CACHE")
-    if chosen:
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "optimum_slim"
-
-
-def _compilers() -> Iterator[str]:
-    for name in (os.environ.get("CC"), "cc", "gcc", "clang"):
-        path = shutil.which(name) if name else None
-        if path:
-            yield path
-
-
-def _build_in_cache() -> Path:
-    problem = CompilerMissing("no C compiler found (looked for $CC, cc, gcc, clang)")
-    for compiler in _compilers():
-        stat = os.stat(compiler)
-        identity = f"{os.path.realpath(compiler)} {stat.st_size} {stat.st_mtime_ns}"
-        target = cache_folder() / library_name(SOURCE.read_bytes(), identity, platform.machine(), *FLAGS)
-        if target.exists():
-            return target
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            compile_library(compiler, target)
-        except (CompilerMissing, OSError) as error:
-            problem = error
-        else:
-            return target
-    raise problem
 
 
 def _bind(path: Path) -> ctypes.CDLL:
@@ -116,13 +53,12 @@ def load_library() -> tuple[ctypes.CDLL | None, str, str]:
     forced = os.environ.get("OPTIMUM_SLIM_CPU") or None
     if forced not in (None, "reference", *PATHS):
         raise ValueError(
-            f"OPTIMUM_SLIM_CPU={forced!r} names no CPU path; use one of {', '.join((*PATHS, 'reference'))}, or unset it."
+            f"OPTIMUM_SLIM_CPU={forced!r} names no CPU path; use one of {', '.join((*PATHS, 'reference'))}."
         )
     if forced == "reference":
         return None, "reference", "OPTIMUM_SLIM_CPU=reference"
     try:
-        bundled = SOURCE.with_name(library_name(SOURCE.read_bytes()))
-        path = bundled if bundled.exists() else _build_in_cache()
+        path = find_or_build_library()
         library = _bind(path)
     except (CompilerMissing, OSError) as error:
         warnings.warn(
@@ -145,7 +81,9 @@ def backend_report() -> dict[str, str]:
     if library is None:
         cpu = f"reference ({origin})"
     else:
-        threads = f"OpenMP, {torch.get_num_threads()} threads" if library.slim_has_openmp() else "one thread, no OpenMP"
+        threads = (
+            f"OpenMP, {torch.get_num_threads()} threads" if library.slim_has_openmp() else "one thread, no OpenMP"
+        )
         cpu = f"C kernel, {path}, {threads} ({origin})"
     gpu = f"triton ({torch.cuda.get_device_name()})" if torch.cuda.is_available() else "none (torch sees no GPU)"
     return {"cpu": cpu, "cuda": gpu, "other": "reference"}
@@ -223,9 +161,7 @@ def ternary_linear_cpu(
     return y
 
 
-def ternary_linear_dx_cpu(
-    dy: Tensor, weight: Tensor, scale: Tensor, offset: Tensor | None, group_size: int
-) -> Tensor:
+def ternary_linear_dx_cpu(dy: Tensor, weight: Tensor, scale: Tensor, offset: Tensor | None, group_size: int) -> Tensor:
     """`ternary_linear_dx_reference` for CPU tensors: the dense matrix exists a few rows at a time."""
     outs, columns = dy.shape[-1] if dy.dim() else 0, weight.shape[-1]
     _plan(
@@ -248,7 +184,9 @@ def ternary_linear_dx_cpu(
     rows = dy.reshape(-1, outs).float()
     dx = rows.new_zeros((rows.shape[0], columns))
     for first, last in _row_chunks(outs, columns):
-        dx.addmm_(rows[:, first:last], _dense_rows(weight, scale, offset, outs, group_size, torch.float32, first, last))
+        dx.addmm_(
+            rows[:, first:last], _dense_rows(weight, scale, offset, outs, group_size, torch.float32, first, last)
+        )
     return dx.to(dy.dtype).view(*dy.shape[:-1], columns)
 
 
@@ -325,7 +263,9 @@ def _dense_rows(
         columns,
         0 if scale.dim() == 1 else scale.shape[1],
         group_size,
-        _TYPE_CODES[dtype] | _TYPE_CODES[scale.dtype] << 2 | _TYPE_CODES[offset.dtype if offset is not None else dtype] << 4,
+        _TYPE_CODES[dtype]
+        | _TYPE_CODES[scale.dtype] << 2
+        | _TYPE_CODES[offset.dtype if offset is not None else dtype] << 4,
         torch.get_num_threads(),
     )
     return dense

@@ -386,6 +386,23 @@ static void rows_portable(const Problem *p, int64_t begin, int64_t end, const Sc
 /* Bytes between a load of the weight and the prefetch for a later one. */
 enum { PREFETCH = 4096 };
 
+/* Where the scales and offsets of one packed row lie, to be prefetched little by little during the row before it: all
+   at once they would hold up the weights. */
+typedef struct {
+    const char *scale[4], *offset[4];
+    int64_t scale_bytes, offset_bytes;
+} NextScales;
+
+static inline NextScales next_scales(const Problem *p, int64_t row) {
+    NextScales next = {.scale_bytes = p->scale_type == FP32 ? 4 : 2, .offset_bytes = p->offset_type == FP32 ? 4 : 2};
+    for (int plane = 0; plane < 4; plane++) {
+        int64_t out = row + plane * p->rows, index = (out < p->outs ? out : p->outs - 1) * p->groups;
+        next.scale[plane] = (const char *)p->scale + index * next.scale_bytes;
+        next.offset[plane] = p->offset ? (const char *)p->offset + index * next.offset_bytes : next.scale[plane];
+    }
+    return next;
+}
+
 AVX2 static void coefficients_avx2(const Problem *p, int64_t row, int64_t token, const float *factor,
                                    float *coefficients, float *corrections) {
     int64_t count = p->segment_count, done = 0;
@@ -425,6 +442,7 @@ AVX2 static void rows_avx2(const Problem *p, int64_t begin, int64_t end, const S
     const int64_t count = p->segment_count;
     for (int64_t row = begin; row < end; row++) {
         const uint8_t *weight = readable_row(p, row, scratch->row_copy[0]);
+        const NextScales next = next_scales(p, row + 1);
         for (int64_t token = 0; token < p->tokens; token++) {
             float sums[4];
             coefficients_avx2(p, row, token, factor, scratch->scale, sums);
@@ -436,6 +454,10 @@ AVX2 static void rows_avx2(const Problem *p, int64_t begin, int64_t end, const S
                 const int8_t *x = p->codes + first_code(p, token, segment);
                 const __m256 c0 = _mm256_set1_ps(c[0]), c1 = _mm256_set1_ps(c[count]);
                 const __m256 c2 = _mm256_set1_ps(c[2 * count]), c3 = _mm256_set1_ps(c[3 * count]);
+                if (i % 4 == 0) {
+                    _mm_prefetch(next.scale[i / 4 % 4] + i / 16 * 16 * next.scale_bytes, _MM_HINT_T0);
+                    _mm_prefetch(next.offset[i / 4 % 4] + i / 16 * 16 * next.offset_bytes, _MM_HINT_T0);
+                }
                 while (w < stop) {
                     const uint8_t *pause = stop - w > 256 ? w + 256 : stop;
                     __m256i a0 = _mm256_setzero_si256(), a1 = a0, a2 = a0, a3 = a0;
@@ -472,22 +494,84 @@ AVX512 static inline __m256 fold(__m512 v) {
                          _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1)));
 }
 
+AVX512 static inline __m512 load16(int type, const void *base, int64_t index, __mmask16 lanes) {
+    if (type == FP32) return _mm512_maskz_loadu_ps(lanes, (const float *)base + index);
+    __m256i half = _mm256_maskz_loadu_epi16(lanes, (const uint16_t *)base + index);
+    if (type == FP16) return _mm512_cvtph_ps(half);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+/* coefficients_portable for segments that are groups. */
+AVX512 static void coefficients_avx512(const Problem *p, int64_t row, int64_t token, const float *factor,
+                                       float *coefficients, float *corrections) {
+    const int64_t count = p->segment_count;
+    if (p->per_tensor || count != p->groups || count < 4) {
+        coefficients_portable(p, row, token, 0, factor, coefficients, corrections);
+        return;
+    }
+    const float *step = p->step + at(p, token, 0), *sum = p->sum + at(p, token, 0);
+    __m256 missing[4];
+    for (int plane = 0; plane < 4; plane++) {
+        const int64_t row_out = row + plane * p->rows, out = row_out < p->outs ? row_out : p->outs - 1;
+        const __m512 by = _mm512_set1_ps(factor[plane]);
+        __m512 miss = _mm512_setzero_ps();
+        for (int64_t i = 0; i < count; i += 16) {
+            const __mmask16 lanes = (__mmask16)(count - i < 16 ? (1u << (count - i)) - 1 : 0xFFFFu);
+            const int64_t index = out * count + i;
+            const __m512 total = _mm512_maskz_loadu_ps(lanes, sum + i), scale = load16(p->scale_type, p->scale, index, lanes);
+            const __m512 worth = _mm512_mul_ps(scale, _mm512_mul_ps(by, _mm512_maskz_loadu_ps(lanes, step + i)));
+            _mm512_mask_storeu_ps(coefficients + plane * count + i, lanes, worth);
+            if (!p->values) miss = _mm512_fnmadd_ps(scale, total, miss);
+            if (p->offset) miss = _mm512_fmadd_ps(load16(p->offset_type, p->offset, index, lanes), total, miss);
+        }
+        missing[plane] = fold(miss);
+    }
+    _mm_storeu_ps(corrections, hsum8x4(missing[0], missing[1], missing[2], missing[3]));
+}
+
 AVX512 static void rows_avx512(const Problem *p, int64_t begin, int64_t end, const Scratch *scratch) {
     static const float factor[4] = {1, 0.25f, 0.0625f, 0.015625f};
     const __m512i m0 = _mm512_set1_epi8(3), m1 = _mm512_set1_epi8(12);
     const __m512i m2 = _mm512_set1_epi8(48), m3 = _mm512_set1_epi8((char)192);
-    const int64_t count = p->segment_count;
+    const int64_t count = p->segment_count, groups_of_128 = p->group_size == 128 ? p->columns / 128 : 0;
     for (int64_t row = begin; row < end; row++) {
         const uint8_t *weight = readable_row(p, row, scratch->row_copy[0]);
+        const NextScales next = next_scales(p, row + 1);
         for (int64_t token = 0; token < p->tokens; token++) {
             float sums[4];
-            coefficients_avx2(p, row, token, factor, scratch->scale, sums);
+            coefficients_avx512(p, row, token, factor, scratch->scale, sums);
             __m512 f0 = _mm512_setzero_ps(), f1 = f0, f2 = f0, f3 = f0;
-            for (int64_t i = 0; i < count; i++) {
+            const int8_t *codes = p->codes + token * p->padded;
+            const float *c0 = scratch->scale, *c1 = c0 + count, *c2 = c1 + count, *c3 = c2 + count;
+            for (int64_t i = 0; i < groups_of_128; i++) {
+                const uint8_t *w = weight + 128 * i;
+                const __m512i v = _mm512_loadu_si512(w), q = _mm512_loadu_si512(codes + 128 * i);
+                const __m512i u = _mm512_loadu_si512(w + 64), r = _mm512_loadu_si512(codes + 128 * i + 64);
+                const __m512i zero = _mm512_setzero_si512();
+                if (i % 4 == 0) {
+                    _mm_prefetch(next.scale[i / 4 % 4] + i / 16 * 16 * next.scale_bytes, _MM_HINT_T0);
+                    _mm_prefetch(next.offset[i / 4 % 4] + i / 16 * 16 * next.offset_bytes, _MM_HINT_T0);
+                }
+                _mm_prefetch((const char *)w + PREFETCH, _MM_HINT_T0);
+                _mm_prefetch((const char *)w + PREFETCH + 64, _MM_HINT_T0);
+                __m512i a0 = _mm512_dpbusd_epi32(zero, _mm512_and_si512(v, m0), q);
+                __m512i a1 = _mm512_dpbusd_epi32(zero, _mm512_and_si512(v, m1), q);
+                __m512i a2 = _mm512_dpbusd_epi32(zero, _mm512_and_si512(v, m2), q);
+                __m512i a3 = _mm512_dpbusd_epi32(zero, _mm512_and_si512(v, m3), q);
+                a0 = _mm512_dpbusd_epi32(a0, _mm512_and_si512(u, m0), r);
+                a1 = _mm512_dpbusd_epi32(a1, _mm512_and_si512(u, m1), r);
+                a2 = _mm512_dpbusd_epi32(a2, _mm512_and_si512(u, m2), r);
+                a3 = _mm512_dpbusd_epi32(a3, _mm512_and_si512(u, m3), r);
+                f0 = _mm512_fmadd_ps(_mm512_cvtepi32_ps(a0), _mm512_set1_ps(c0[i]), f0);
+                f1 = _mm512_fmadd_ps(_mm512_cvtepi32_ps(a1), _mm512_set1_ps(c1[i]), f1);
+                f2 = _mm512_fmadd_ps(_mm512_cvtepi32_ps(a2), _mm512_set1_ps(c2[i]), f2);
+                f3 = _mm512_fmadd_ps(_mm512_cvtepi32_ps(a3), _mm512_set1_ps(c3[i]), f3);
+            }
+            for (int64_t i = groups_of_128; i < count; i++) {
                 const Segment *segment = p->segments + i;
                 const float *c = scratch->scale + i;
                 const uint8_t *w = weight + segment->start, *stop = w + segment->padded;
-                const int8_t *x = p->codes + first_code(p, token, segment);
+                const int8_t *x = codes + segment->position;
                 __m512i a0 = _mm512_setzero_si512(), a1 = a0, a2 = a0, a3 = a0, b0 = a0, b1 = a0, b2 = a0, b3 = a0;
                 for (; w + 64 < stop; w += 128, x += 128) {
                     __m512i v = _mm512_loadu_si512(w), q = _mm512_loadu_si512(x);
@@ -566,7 +650,7 @@ AVX512 static void float_rows_avx512(const Problem *p, int64_t begin, int64_t en
         const uint8_t *weight = readable_row(p, row, scratch->row_copy[0]);
         for (int64_t token = 0; token < p->tokens; token++) {
             float sums[4];
-            coefficients_avx2(p, row, token, factor, scratch->scale, sums);
+            coefficients_avx512(p, row, token, factor, scratch->scale, sums);
             __m512 f0 = _mm512_setzero_ps(), f1 = f0, f2 = f0, f3 = f0;
             for (int64_t i = 0; i < count; i++) {
                 const Segment *segment = p->segments + i;
@@ -825,11 +909,12 @@ AVX512 static inline void flush_avx512(const Strip *strip, int token, int plane,
     _mm512_storeu_ps(out, total);
 }
 
-/* `tokens` (a constant where this is inlined) against four planes of sixteen rows. */
+/* `tokens` (a constant where this is inlined) against four planes of sixteen rows. In assembly, or GCC 12 keeps half of
+   the accumulators in memory. */
 AVX512 static inline __attribute__((always_inline)) void micro_avx512(const int tokens, const uint8_t *tile,
                                                                       const Strip *strip) {
-    const __m512i m0 = _mm512_set1_epi8(3), m1 = _mm512_set1_epi8(12);
-    const __m512i m2 = _mm512_set1_epi8(48), m3 = _mm512_set1_epi8((char)192);
+    const __m512i masks[4] = {_mm512_set1_epi8(3), _mm512_set1_epi8(12), _mm512_set1_epi8(48),
+                              _mm512_set1_epi8((char)192)};
     const int64_t stride = strip->stride;
     __m512i acc[6][4];
     UNROLL for (int t = 0; t < tokens; t++) {
@@ -837,16 +922,18 @@ AVX512 static inline __attribute__((always_inline)) void micro_avx512(const int 
         UNROLL for (int plane = 0; plane < 4; plane++) acc[t][plane] = _mm512_set1_epi32(start * (1 << 2 * plane));
     }
     for (const int8_t *x = strip->x, *stop = x + stride; x < stop; x += 4, tile += 64) {
-        const __m512i w = _mm512_load_si512(tile);
-        const __m512i w0 = _mm512_and_si512(w, m0), w1 = _mm512_and_si512(w, m1);
-        const __m512i w2 = _mm512_and_si512(w, m2), w3 = _mm512_and_si512(w, m3);
-        UNROLL for (int t = 0; t < tokens; t++) {
-            const __m512i q = _mm512_set1_epi32(*(const int32_t *)(x + t * stride));
-            acc[t][0] = _mm512_dpbusd_epi32(acc[t][0], w0, q);
-            acc[t][1] = _mm512_dpbusd_epi32(acc[t][1], w1, q);
-            acc[t][2] = _mm512_dpbusd_epi32(acc[t][2], w2, q);
-            acc[t][3] = _mm512_dpbusd_epi32(acc[t][3], w3, q);
-        }
+        __m512i w0, w1, w2, w3, q;
+        __asm__("vmovdqa64 %[tile], %[w3]\n\tvpandd %[m0], %[w3], %[w0]\n\tvpandd %[m1], %[w3], %[w1]\n\t"
+                "vpandd %[m2], %[w3], %[w2]\n\tvpandd %[m3], %[w3], %[w3]"
+                : [w0] "=&v"(w0), [w1] "=&v"(w1), [w2] "=&v"(w2), [w3] "=&v"(w3)
+                : [tile] "m"(*(const __m512i *)tile), [m0] "m"(masks[0]), [m1] "m"(masks[1]), [m2] "m"(masks[2]),
+                  [m3] "m"(masks[3]));
+        UNROLL for (int t = 0; t < tokens; t++)
+            __asm__("vpbroadcastd %[x], %[q]\n\tvpdpbusd %[q], %[w0], %[a]\n\tvpdpbusd %[q], %[w1], %[b]\n\t"
+                    "vpdpbusd %[q], %[w2], %[c]\n\tvpdpbusd %[q], %[w3], %[d]"
+                    : [a] "+v"(acc[t][0]), [b] "+v"(acc[t][1]), [c] "+v"(acc[t][2]), [d] "+v"(acc[t][3]), [q] "=&v"(q)
+                    : [x] "m"(*(const int32_t *)(x + t * stride)), [w0] "v"(w0), [w1] "v"(w1), [w2] "v"(w2),
+                      [w3] "v"(w3));
     }
     UNROLL for (int t = 0; t < tokens; t++)
         UNROLL for (int plane = 0; plane < 4; plane++) flush_avx512(strip, t, plane, acc[t][plane]);

@@ -46,7 +46,7 @@ class Tiles:
 class Segments:
     """How K is cut: `count` segments of `size` columns, read in steps of `columns`, `per_split` segments per program.
 
-    `tiles` is the fixed number of steps per segment, 0 where it varies; `even` says that every step is a whole tile.
+    `tiles` is the number of steps per segment, if small enough to unroll, else 0; `even`: every step is a whole tile.
     """
 
     size: int
@@ -57,7 +57,9 @@ class Segments:
     even: bool
 
 
-def choose_tiles(tokens: int, packed_rows: int, columns: int, *, dtype: torch.dtype, grouped: bool) -> Tiles:
+def choose_tiles(
+    tokens: int, packed_rows: int, columns: int, *, dtype: torch.dtype, grouped: bool, nvidia: bool
+) -> Tiles:
     """Tile sizes for a product of (tokens, columns) with (4 * packed_rows, columns), from compiled resource figures.
 
     Args:
@@ -66,15 +68,20 @@ def choose_tiles(tokens: int, packed_rows: int, columns: int, *, dtype: torch.dt
         columns: input features, K.
         dtype: what `tl.dot` multiplies: int8, float16, bfloat16 or float32.
         grouped: several scales along K. The fp32 totals then live beside the products, so prefill tiles are smaller.
+        nvidia: tiles of 8 tokens exist, and two warps per program keep small batches off Hopper's warpgroup
+            instruction, which costs more to feed. AMD takes tiles of 16 tokens and four warps.
     """
     if dtype == torch.float32:
         return Tiles(tokens=16, rows=32, columns=32, warps=4, stages=2)
-    step = 128 if dtype == torch.int8 else 64
     if tokens > DECODE_TOKENS:
+        step = 128 if dtype == torch.int8 and grouped else 64
         return Tiles(tokens=32 if grouped else 64, rows=64, columns=step, warps=4, stages=3)
-    programs = triton.cdiv(packed_rows, 64)
-    splits = min(triton.cdiv(TARGET_PROGRAMS, programs), triton.cdiv(columns, 4 * step))
-    return Tiles(tokens=16, rows=64, columns=step, warps=4, stages=4, splits=splits)
+    step = 128 if dtype == torch.int8 else 64
+    rows = 32 if nvidia else 64
+    splits = min(triton.cdiv(TARGET_PROGRAMS, triton.cdiv(packed_rows, rows)), triton.cdiv(columns, 4 * step))
+    return Tiles(
+        tokens=8 if nvidia and tokens <= 8 else 16, rows=rows, columns=step, warps=rows // 16, stages=4, splits=splits
+    )
 
 
 def cut_columns(columns: int, group_size: int | None, tiles: Tiles) -> Segments:
@@ -88,7 +95,8 @@ def cut_columns(columns: int, group_size: int | None, tiles: Tiles) -> Segments:
         step = min(tiles.columns, max(32, triton.next_power_of_2(group_size)))
     count = triton.cdiv(columns, group_size)
     even = columns % group_size == 0 and group_size % step == 0
-    return Segments(group_size, count, triton.cdiv(count, tiles.splits), step, triton.cdiv(group_size, step), even)
+    steps = triton.cdiv(group_size, step)
+    return Segments(group_size, count, triton.cdiv(count, tiles.splits), step, steps if steps <= 2 else 0, even)
 
 
 def ternary_linear_triton(
@@ -112,7 +120,7 @@ def ternary_linear_triton(
         return out
     grouped = scale.dim() == 2 and scale.shape[1] > 1
     operand = torch.int8 if act_bits == 8 else x.dtype
-    tiles = choose_tiles(tokens, packed_rows, columns, dtype=operand, grouped=grouped)
+    tiles = choose_tiles(tokens, packed_rows, columns, dtype=operand, grouped=grouped, nvidia=_speaks_ptx(x))
     segments = cut_columns(columns, group_size if grouped else None, tiles)
     splits = triton.cdiv(segments.count, segments.per_split)
     weight, scale = weight.contiguous(), scale.contiguous()
@@ -207,10 +215,11 @@ def ternary_linear_dx_triton(
     weight, scale = weight.contiguous(), scale.contiguous()
     extra = None if offset is None else flat.float() @ offset.float()
     tiles = choose_dx_tiles(flat.shape[0], dtype=dy.dtype)
-    group_size = group_size if grouped else columns
+    segments = cut_columns(columns, group_size if grouped else None, tiles)
+    steps = triton.cdiv(segments.size, segments.columns)
 
     with torch.cuda.device_of(dy):
-        grid = (triton.cdiv(columns, tiles.columns), triton.cdiv(flat.shape[0], tiles.tokens))
+        grid = (segments.count * steps, triton.cdiv(flat.shape[0], tiles.tokens))
         ternary_dx_kernel[grid](
             flat,
             weight,
@@ -221,15 +230,15 @@ def ternary_linear_dx_triton(
             out_features,
             columns,
             packed_rows,
-            group_size,
-            scale.shape[1] if grouped else 1,
+            segments.size,
+            segments.count,
+            steps,
             0 if scale.dim() == 1 else scale.shape[1],
             1 if grouped else 0,
-            ONE_GROUP=not grouped or group_size % tiles.columns == 0,
             PTX=_speaks_ptx(dy),
             BLOCK_M=tiles.tokens,
             BLOCK_P=tiles.rows,
-            BLOCK_K=tiles.columns,
+            BLOCK_K=segments.columns,
             num_warps=tiles.warps,
             num_stages=tiles.stages,
             enable_fp_fusion=True,

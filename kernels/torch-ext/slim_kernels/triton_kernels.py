@@ -49,10 +49,7 @@ def quantize_activations_kernel(
     end = tl.minimum(start + segment_size, K)
     x += token * K
     if q is not None:
-        if PER_TOKEN:
-            largest = _absmax(x, 0, K, BLOCK)
-        else:
-            largest = _absmax(x, start, end, BLOCK)
+        largest = _absmax(x, 0, K, BLOCK) if PER_TOKEN else _absmax(x, start, end, BLOCK)
         s = tl.div_rn(1.0, tl.maximum(largest, 1e-5)) * 127.0  # what PyTorch makes of 127 / x
         total = tl.zeros((BLOCK,), dtype=tl.int32)
     else:
@@ -76,9 +73,24 @@ def quantize_activations_kernel(
 
 
 @triton.jit
-def _add_segment(
-    total, product, r, P, N, scale, offset, scale_row, x_scale, x_sum, PLANE: tl.constexpr
-):
+def _multiply(acc0, acc1, acc2, acc3, x_rows, weight_rows, k, end, EVEN: tl.constexpr, PTX: tl.constexpr):
+    """Add the products of columns `k` (those below `end`) to the four planes' accumulators."""
+    if EVEN:
+        packed = tl.load(weight_rows + k[None, :])
+        x = tl.load(x_rows + k[:, None])
+    else:
+        packed = tl.load(weight_rows + k[None, :], mask=(k < end)[None, :], other=0)
+        x = tl.load(x_rows + k[:, None], mask=(k < end)[:, None], other=0)
+    w0, w1, w2, w3 = unpack_planes(packed, x.dtype, PTX)
+    acc0 = tl.dot(w0, x, acc0, input_precision="ieee", out_dtype=acc0.dtype)
+    acc1 = tl.dot(w1, x, acc1, input_precision="ieee", out_dtype=acc1.dtype)
+    acc2 = tl.dot(w2, x, acc2, input_precision="ieee", out_dtype=acc2.dtype)
+    acc3 = tl.dot(w3, x, acc3, input_precision="ieee", out_dtype=acc3.dtype)
+    return acc0, acc1, acc2, acc3
+
+
+@triton.jit
+def _add_segment(total, product, r, P, N, scale, offset, scale_row, x_scale, x_sum, PLANE: tl.constexpr):
     """Add one plane's segment product (rows, tokens) in fp32 units; an int32 product still carries 4^PLANE."""
     n = r + PLANE * P
     valid = (r < P) & (n < N)
@@ -125,7 +137,7 @@ def ternary_linear_kernel(
     scale_segment,
     x_scale_row,
     x_scale_segment,
-    TILES: tl.constexpr,  # steps per segment, or 0: as many as it takes
+    TILES: tl.constexpr,  # steps per segment, unrolled, or 0: a loop
     EVEN: tl.constexpr,  # every step is a whole tile
     PTX: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -138,8 +150,8 @@ def ternary_linear_kernel(
     r = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     split = tl.program_id(2)
-    safe_m = tl.minimum(m, M - 1).to(tl.int64)
-    x_rows = x + safe_m[None, :] * K
+    safe_m = tl.minimum(m, M - 1)
+    x_rows = x + safe_m.to(tl.int64)[None, :] * K
     weight_rows = weight + tl.minimum(r, P - 1).to(tl.int64)[:, None] * K
 
     total0 = tl.zeros((BLOCK_P, BLOCK_M), dtype=tl.float32)
@@ -154,19 +166,14 @@ def ternary_linear_kernel(
         acc1 = tl.zeros((BLOCK_P, BLOCK_M), dtype=acc_dtype)
         acc2 = tl.zeros((BLOCK_P, BLOCK_M), dtype=acc_dtype)
         acc3 = tl.zeros((BLOCK_P, BLOCK_M), dtype=acc_dtype)
-        for tile in range(TILES if TILES > 0 else tl.cdiv(end - start, BLOCK_K)):
-            k = start + tile * BLOCK_K + tl.arange(0, BLOCK_K)
-            if EVEN:
-                packed = tl.load(weight_rows + k[None, :])
-                values = tl.load(x_rows + k[:, None])
-            else:
-                packed = tl.load(weight_rows + k[None, :], mask=(k < end)[None, :], other=0)
-                values = tl.load(x_rows + k[:, None], mask=(k < end)[:, None], other=0)
-            w0, w1, w2, w3 = unpack_planes(packed, dtype, PTX)
-            acc0 = tl.dot(w0, values, acc0, input_precision="ieee", out_dtype=acc_dtype)
-            acc1 = tl.dot(w1, values, acc1, input_precision="ieee", out_dtype=acc_dtype)
-            acc2 = tl.dot(w2, values, acc2, input_precision="ieee", out_dtype=acc_dtype)
-            acc3 = tl.dot(w3, values, acc3, input_precision="ieee", out_dtype=acc_dtype)
+        if TILES > 0:
+            for tile in tl.static_range(TILES):
+                k = start + tile * BLOCK_K + tl.arange(0, BLOCK_K)
+                acc0, acc1, acc2, acc3 = _multiply(acc0, acc1, acc2, acc3, x_rows, weight_rows, k, end, EVEN, PTX)
+        else:
+            for first_k in range(start, end, BLOCK_K):
+                k = first_k + tl.arange(0, BLOCK_K)
+                acc0, acc1, acc2, acc3 = _multiply(acc0, acc1, acc2, acc3, x_rows, weight_rows, k, end, EVEN, PTX)
 
         sums = tl.zeros((BLOCK_M,), dtype=acc_dtype)
         units = tl.full((BLOCK_M,), 1.0, dtype=tl.float32)
@@ -203,17 +210,12 @@ def sum_splits_kernel(parts, bias, out, size, N, splits, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _add_dx_plane(
-    total, w, dy_rows, r, group, M, N, P, scale, scale_row, scale_group, PLANE: tl.constexpr, ONE_GROUP: tl.constexpr
-):
+def _add_dx_plane(total, w, dy_rows, r, N, P, scale, scale_row, PLANE: tl.constexpr):
     n = r + PLANE * P
     valid = (r < P) & (n < N)
     dy = tl.load(dy_rows + n[None, :], mask=valid[None, :], other=0.0)
-    if ONE_GROUP:
-        s = tl.load(scale + n * scale_row + group * scale_group, mask=valid, other=0.0)[:, None]
-    else:
-        s = tl.load(scale + n[:, None] * scale_row + group[None, :] * scale_group, mask=valid[:, None], other=0.0)
-    return tl.dot(dy, w * s.to(w.dtype), total, input_precision="ieee")
+    s = tl.load(scale + n * scale_row, mask=valid, other=0.0)
+    return tl.dot(dy, w * s.to(w.dtype)[:, None], total, input_precision="ieee")
 
 
 @triton.jit
@@ -229,9 +231,9 @@ def ternary_dx_kernel(
     P,
     group_size,
     num_groups,
+    steps_per_group,
     scale_row,
     scale_group,
-    ONE_GROUP: tl.constexpr,
     PTX: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -239,30 +241,28 @@ def ternary_dx_kernel(
 ):
     """dx = dy W without a transposed copy: one tile of bytes feeds four products; grid (column tiles, token tiles).
 
-    With `ONE_GROUP` every tile of columns lies in one group. W is rounded to dy's dtype, as a dense weight would be.
+    A tile of columns lies in one group. W is rounded to dy's dtype, as a dense weight would be; the offset is not.
     """
+    group = tl.program_id(0) // steps_per_group
+    start = group * group_size
+    k = start + tl.program_id(0) % steps_per_group * BLOCK_K + tl.arange(0, BLOCK_K)
+    valid_k = k < tl.minimum(start + group_size, K)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    first_k = tl.program_id(0) * BLOCK_K
-    k = first_k + tl.arange(0, BLOCK_K)
-    safe_m = tl.minimum(m, M - 1).to(tl.int64)
-    safe_k = tl.minimum(k, K - 1) if not ONE_GROUP else k
-    group = first_k // group_size if ONE_GROUP else safe_k // group_size
-    dy_rows = dy + safe_m[:, None] * N
+    safe_m = tl.minimum(m, M - 1)
+    dy_rows = dy + safe_m.to(tl.int64)[:, None] * N
+    s = scale + group * scale_group
 
     total = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
     for first in range(0, P, BLOCK_P):
         r = first + tl.arange(0, BLOCK_P)
         rows = weight + tl.minimum(r, P - 1).to(tl.int64)[:, None] * K
-        packed = tl.load(rows + k[None, :], mask=(k < K)[None, :], other=0)
+        packed = tl.load(rows + k[None, :], mask=valid_k[None, :], other=0)
         w0, w1, w2, w3 = unpack_planes(packed, dy.dtype.element_ty, PTX)
-        total = _add_dx_plane(total, w0, dy_rows, r, group, M, N, P, scale, scale_row, scale_group, 0, ONE_GROUP)
-        total = _add_dx_plane(total, w1, dy_rows, r, group, M, N, P, scale, scale_row, scale_group, 1, ONE_GROUP)
-        total = _add_dx_plane(total, w2, dy_rows, r, group, M, N, P, scale, scale_row, scale_group, 2, ONE_GROUP)
-        total = _add_dx_plane(total, w3, dy_rows, r, group, M, N, P, scale, scale_row, scale_group, 3, ONE_GROUP)
+        total = _add_dx_plane(total, w0, dy_rows, r, N, P, s, scale_row, 0)
+        total = _add_dx_plane(total, w1, dy_rows, r, N, P, s, scale_row, 1)
+        total = _add_dx_plane(total, w2, dy_rows, r, N, P, s, scale_row, 2)
+        total = _add_dx_plane(total, w3, dy_rows, r, N, P, s, scale_row, 3)
     if extra is not None:
-        if ONE_GROUP:
-            total += tl.load(extra + safe_m * num_groups + group)[:, None]
-        else:
-            total += tl.load(extra + safe_m[:, None] * num_groups + group[None, :])
+        total += tl.load(extra + safe_m * num_groups + group)[:, None]
     where = m.to(tl.int64)[:, None] * K + k[None, :]
-    tl.store(dx + where, total.to(dx.dtype.element_ty), mask=(m < M)[:, None] & (k < K)[None, :])
+    tl.store(dx + where, total.to(dx.dtype.element_ty), mask=(m < M)[:, None] & valid_k[None, :])

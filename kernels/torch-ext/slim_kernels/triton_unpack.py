@@ -20,54 +20,32 @@ shr.u32 $3, $4, 6;
 and.b32 $3, $3, 0x03030303;
 """)
 
-# Four bytes to four planes of two bf16 pairs: put 4^i c into the mantissa of 128 (64 * 2 carries into the exponent and
-# gives 256, still linear), then one fma, 4^-i * (128 + 4^i c) - (128 * 4^-i + 1) = c - 1, without rounding.
-_BF16_PTX = tl.constexpr("""
-{ .reg .b32 lo, hi;
-prmt.b32 lo, $8, 0, 0x4140;
-prmt.b32 hi, $8, 0, 0x4342;
-lop3.b32 $0, lo, 0x00030003, 0x43004300, 0xEA;
-lop3.b32 $1, hi, 0x00030003, 0x43004300, 0xEA;
-lop3.b32 $2, lo, 0x000C000C, 0x43004300, 0xEA;
-lop3.b32 $3, hi, 0x000C000C, 0x43004300, 0xEA;
-lop3.b32 $4, lo, 0x00300030, 0x43004300, 0xEA;
-lop3.b32 $5, hi, 0x00300030, 0x43004300, 0xEA;
-lop3.b32 $6, lo, 0x00C000C0, 0x43004300, 0xEA;
-lop3.b32 $7, hi, 0x00C000C0, 0x43004300, 0xEA;
-fma.rn.bf16x2 $0, $0, 0x3F803F80, 0xC301C301;
-fma.rn.bf16x2 $1, $1, 0x3F803F80, 0xC301C301;
-fma.rn.bf16x2 $2, $2, 0x3E803E80, 0xC204C204;
-fma.rn.bf16x2 $3, $3, 0x3E803E80, 0xC204C204;
-fma.rn.bf16x2 $4, $4, 0x3D803D80, 0xC110C110;
-fma.rn.bf16x2 $5, $5, 0x3D803D80, 0xC110C110;
-fma.rn.bf16x2 $6, $6, 0x3C803C80, 0xC040C040;
-fma.rn.bf16x2 $7, $7, 0x3C803C80, 0xC040C040; }
-""")
 
-# The same for fp16, in the mantissa of 1024.
-_FP16_PTX = tl.constexpr("""
-{ .reg .b32 lo, hi;
-prmt.b32 lo, $8, 0, 0x4140;
-prmt.b32 hi, $8, 0, 0x4342;
-lop3.b32 $0, lo, 0x00030003, 0x64006400, 0xEA;
-lop3.b32 $1, hi, 0x00030003, 0x64006400, 0xEA;
-lop3.b32 $2, lo, 0x000C000C, 0x64006400, 0xEA;
-lop3.b32 $3, hi, 0x000C000C, 0x64006400, 0xEA;
-lop3.b32 $4, lo, 0x00300030, 0x64006400, 0xEA;
-lop3.b32 $5, hi, 0x00300030, 0x64006400, 0xEA;
-lop3.b32 $6, lo, 0x00C000C0, 0x64006400, 0xEA;
-lop3.b32 $7, hi, 0x00C000C0, 0x64006400, 0xEA;
-fma.rn.f16x2 $0, $0, 0x3C003C00, 0xE401E401;
-fma.rn.f16x2 $1, $1, 0x3C003C00, 0xE401E401;
-fma.rn.f16x2 $2, $2, 0x34003400, 0xDC04DC04;
-fma.rn.f16x2 $3, $3, 0x34003400, 0xDC04DC04;
-fma.rn.f16x2 $4, $4, 0x2C002C00, 0xD410D410;
-fma.rn.f16x2 $5, $5, 0x2C002C00, 0xD410D410;
-fma.rn.f16x2 $6, $6, 0x24002400, 0xCC40CC40;
-fma.rn.f16x2 $7, $7, 0x24002400, 0xCC40CC40; }
-""")
+def _pairs_ptx(pair: str, magic: int, factors: tuple[int, ...], addends: tuple[int, ...]) -> str:
+    """PTX from four bytes ($8) to four planes ($0-$1, $2-$3, ...) of two pairs of 16-bit floats.
 
-_PAIRS = tl.constexpr("=r,=r,=r,=r,=r,=r,=r,=r,r")
+    OR 4^i c into the mantissa of `magic`, a power of two 2^p, to get 2^p + 4^i c; one fma with 4^-i (`factors`) and
+    -(2^p 4^-i + 1) (`addends`) makes it c - 1 without rounding. All numbers are the bits of one float.
+    """
+    lines = ["{ .reg .b32 lo, hi, factor, addend;", "prmt.b32 lo, $8, 0, 0x4140;", "prmt.b32 hi, $8, 0, 0x4342;"]
+    for i, (factor, addend) in enumerate(zip(factors, addends, strict=True)):
+        lines += [f"mov.b32 factor, 0x{factor:04X}{factor:04X};", f"mov.b32 addend, 0x{addend:04X}{addend:04X};"]
+        for register, half in ((2 * i, "lo"), (2 * i + 1, "hi")):
+            mask = 3 << 2 * i
+            lines.append(f"lop3.b32 ${register}, {half}, 0x{mask:04X}{mask:04X}, 0x{magic:04X}{magic:04X}, 0xEA;")
+            lines.append(f"fma.rn.{pair} ${register}, ${register}, factor, addend;")
+    return "\n".join([*lines, "}"])
+
+
+# bf16: 128; its mantissa has 7 bits, and 64 * 2 carries into the exponent and gives 256, which is still linear in c.
+_BF16_PTX = tl.constexpr(
+    _pairs_ptx("bf16x2", 0x4300, (0x3F80, 0x3E80, 0x3D80, 0x3C80), (0xC301, 0xC204, 0xC110, 0xC040))
+)
+# fp16: 1024.
+_FP16_PTX = tl.constexpr(
+    _pairs_ptx("f16x2", 0x6400, (0x3C00, 0x3400, 0x2C00, 0x2400), (0xE401, 0xDC04, 0xD410, 0xCC40))
+)
+_PAIRS = tl.constexpr("=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r")
 
 
 @triton.jit
@@ -85,7 +63,7 @@ def unpack_planes(packed, dtype: tl.constexpr, PTX: tl.constexpr):
     if dtype == tl.int8:
         if PTX:
             return tl.inline_asm_elementwise(
-                _INT8_PTX, "=r,=r,=r,=r,r", [packed], (tl.int8, tl.int8, tl.int8, tl.int8), is_pure=True, pack=4
+                _INT8_PTX, "=&r,=&r,=&r,=&r,r", [packed], (tl.int8, tl.int8, tl.int8, tl.int8), is_pure=True, pack=4
             )
         return (
             (packed & 0x03).to(tl.int8, bitcast=True),
@@ -101,4 +79,9 @@ def unpack_planes(packed, dtype: tl.constexpr, PTX: tl.constexpr):
         return tl.inline_asm_elementwise(
             _FP16_PTX, _PAIRS, [packed], (tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=4
         )
-    return _ternary(packed, 0, dtype), _ternary(packed, 1, dtype), _ternary(packed, 2, dtype), _ternary(packed, 3, dtype)
+    return (
+        _ternary(packed, 0, dtype),
+        _ternary(packed, 1, dtype),
+        _ternary(packed, 2, dtype),
+        _ternary(packed, 3, dtype),
+    )

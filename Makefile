@@ -1,0 +1,53 @@
+# `make demo` and `make test` work on a fresh machine with Python 3.10 or newer: each makes its own environment first.
+
+PYTHON ?= python3
+VENV := .venv
+OLDEST := .venv-oldest
+RUN := $(VENV)/bin/python
+
+# Tests that need nothing newer than the oldest supported Transformers.
+OLDEST_TESTS := tests/test_config.py tests/test_packed.py tests/test_quantizer.py tests/test_step.py tests/methods \
+	tests/test_saving.py tests/test_walk.py
+
+.PHONY: demo test test-oldest style check bench clean
+
+demo: $(VENV)/.ready  ## slim SmolLM2-135M-Instruct, reload it, compare both models
+	$(RUN) examples/demo.py
+
+test: $(VENV)/.ready  ## the whole suite
+	$(RUN) -m pytest
+
+test-oldest: $(OLDEST)/.ready  ## the core tests under the oldest supported Transformers
+	$(OLDEST)/bin/python -m pytest $(OLDEST_TESTS)
+
+style: $(VENV)/.ready  ## format and fix
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+check: $(VENV)/.ready  ## what `style` would change, without changing it
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+bench: $(VENV)/.ready  ## every script in benchmarks/; results go to benchmarks/results
+	set -e; for script in benchmarks/*.py; do echo "== $$script"; $(RUN) $$script; done
+
+clean:
+	rm -rf $(VENV) $(OLDEST) .cache build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch comes first and alone, so that pip settles on one build of it before anything else asks for torch.
+$(VENV)/.ready: requirements-dev.txt pyproject.toml setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --upgrade pip
+	$(RUN) -m pip install $$(grep '^torch==' requirements-dev.txt)
+	$(RUN) -m pip install -r requirements-dev.txt
+	$(RUN) -m pip install --no-deps --no-build-isolation --editable .
+	touch $@
+
+$(OLDEST)/.ready: requirements-oldest.txt pyproject.toml setup.py
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --upgrade pip
+	$(OLDEST)/bin/python -m pip install $$(grep '^torch==' requirements-oldest.txt)
+	$(OLDEST)/bin/python -m pip install -r requirements-oldest.txt
+	$(OLDEST)/bin/python -m pip install --no-deps --no-build-isolation --editable .
+	touch $@
