@@ -4,9 +4,9 @@
     python benchmarks/kernels.py --quick                  fewer rounds and batch sizes
     python benchmarks/kernels.py --emulate avx2           an AVX2 machine, for both sides; writes kernels-avx2.{csv,md}
 
-Candidates take turns inside each round, so that a busy moment hits all of them. Weights rotate over copies of more than
-160 MB, so that decode reads memory. With one thread the clock is the CPU time of the thread, with more it is wall-clock
-time. Ratios are `F.linear` time / ternary time; `min` compares the fastest calls, `median` the middle ones.
+Candidates take turns inside each round, so that a busy moment hits all of them. Weights rotate over copies of more
+than 160 MB, so that decode reads memory. With one thread the clock is the CPU time of the thread, with more it is
+wall-clock time. Ratios are `F.linear` time / ternary time; `min` compares the fastest calls, `median` the middle ones.
 """
 
 import argparse

@@ -62,7 +62,7 @@ def main() -> None:
     report.note(f"weights: {smollm2.source(dense)}; logits after reloading in a fresh process: equal bit for bit")
     report.note(
         f"perplexity: {result['tokens']:,} tokens of the Python {sys.version_info.major}.{sys.version_info.minor} "
-        f"reference (pydoc_data.topics), {result['windows']} windows of {WINDOW}; speed: {result['dtype']}, "
+        f"reference (pydoc_data.topics), windows of {WINDOW}; speed: {result['dtype']}, "
         f"{result['threads']} threads, batch 1, {result['prompt_tokens']} prompt and {result['generate_tokens']} new "
         "tokens"
     )

@@ -119,7 +119,7 @@ class SlimConfig(QuantizationConfigMixin):
 
     def to_yaml(self, path: str | Path) -> None:
         """Write the recipe as a YAML file that `from_yaml` reads."""
-        recipe = {key: value for key, value in self.recorded().items() if key in ("steps", "calibration")}
+        recipe = {"steps": self.recorded()["steps"], "calibration": self.calibration.to_dict()}
         Path(path).write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
 
     def with_steps(self, steps) -> "SlimConfig":
@@ -138,7 +138,10 @@ class SlimConfig(QuantizationConfigMixin):
             "steps": [step.to_dict() for step in self.steps],
         }
         if any(step.needs_data for step in self.steps):
-            record["calibration"] = self.calibration.to_dict()
+            record["calibration"] = calibration = self.calibration.to_dict()
+            source = calibration["source"]
+            if isinstance(source, str) and Path(source).exists():
+                calibration["source"] = Path(source).name  # a path of this machine means nothing elsewhere
         return record
 
     def to_dict(self) -> dict[str, Any]:

@@ -41,8 +41,9 @@ def linear_weight(module: nn.Module) -> Tensor:
 
 
 def model_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters, shared ones once; on the meta device, what they would take."""
-    return sum(p.numel() * p.element_size() for p in model.parameters())
+    """Bytes of all parameters, tied ones once; on the meta device, what they would take."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    return sum(p.numel() * p.element_size() for name, p in model.named_parameters() if name not in tied)
 
 
 class PackedLinear(nn.Linear, ABC):

@@ -17,6 +17,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AutoHfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from .config import SlimConfig, from_stock_bitnet
+from .memory import release_free_memory
 from .methods.bitnet import check_stock_shapes, is_online
 from .packed import PackedLinear, check_packed, model_bytes
 from .recipe import record, run_steps
@@ -126,6 +127,7 @@ class SlimQuantizer(HfQuantizer):
                 module.load_packed(state)
                 row = layer_row(name, module) | {"relative_error": relative_error(module, weight)}
                 self.reports[index].layers.append(row)
+                release_free_memory()
                 self.reports[index].seconds += time.perf_counter() - start
                 return state
         except (ValueError, TypeError) as error:

@@ -193,7 +193,9 @@ def _number(value, size: bool) -> str:
         return ""
     if size:
         return megabytes(value)
-    return f"{value:,}" if isinstance(value, int) or value >= 10_000 else f"{value:.4g}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def _steps_table(steps: Sequence[Mapping], style: box.Box) -> Table:

@@ -74,3 +74,11 @@ def test_stock_bitnet_record():
         "quantization_mode": "offline",
         "modules_to_not_convert": ["lm_head"],
     }
+
+
+def test_a_local_path_is_recorded_by_its_name_only(tmp_path):
+    (tmp_path / "text.txt").write_text("some text")
+    config = SlimConfig("pt2llm", calibration=str(tmp_path / "text.txt"))
+    assert config.to_dict()["calibration"]["source"] == "text.txt"
+    config.to_yaml(tmp_path / "recipe.yaml")
+    assert SlimConfig(tmp_path / "recipe.yaml").calibration.source == str(tmp_path / "text.txt")

@@ -192,3 +192,10 @@ def test_damaged_checkpoints_are_refused_before_loading(dense_folder, tmp_path):
     save_file({k: v for k, v in good.items() if k != key + "_scale"}, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=f"holds no {key}_scale"):
         load(tmp_path / "slim")
+
+
+def test_bytes_before_count_tied_weights_once(tmp_path):
+    model = tiny_llama(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "dense")
+    loaded = load(tmp_path / "dense", quantization_config=RECIPES["bitnet"]())
+    assert loaded.slim_report.sizes["before"] == 4 * sum(p.numel() for p in model.parameters())

@@ -68,6 +68,8 @@ def test_compare_gives_ratios_and_keeps_tasks():
     assert rows == [("perplexity", "20", "30", "1.50x"), ("x", "0.5", "0.4", "0.80x")]
     assert compare(None, {"bytes_on_disk": 2_000_000}) == [("weight files", "", "2.0 MB", "")]
     assert compare(None, None) == []
+    large = compare({"perplexity": 49_688.86, "parameters": 1_234_567}, None)
+    assert [row[1] for row in large] == ["49,689", "1,234,567"]
 
 
 def test_show_is_plain_without_a_terminal_and_drawn_on_one():

@@ -18,11 +18,11 @@ Three pieces, for one group after the other:
    an exact 2 x 2 solution for each row.
 3. Error feedback (GPTQ): what the group got wrong is compensated by the columns still to come.
 
-`variant="paper"` is just that. The default, `"refined"`, keeps the layout and the objective and searches harder: columns
-of a group are rounded one by one with feedback inside the group too, and afterwards `rounds` times all grids of a row
-are solved for jointly and every code is moved to the best of its three values given all others (coordinate descent).
-Each of these steps lowers the output error. The paper's reordering of columns is left out: it would
-need a permutation stored and applied with every layer.
+`variant="paper"` is just that. The default, `"refined"`, keeps the layout and the objective and searches harder:
+columns of a group are rounded one by one with feedback inside the group too, and afterwards, `rounds` times, all grids
+of a row are solved for jointly and every code is moved to the best of its three values given all others (see
+`optimum_slim/grid.py`). None of these later steps raises the output error. The paper's reordering of columns is left
+out: a permutation would have to be stored and applied with every layer.
 
 Cost: about 2.3 bits a weight (2 for the code, 32 / group_size for scale and offset). Expect large models to take it
 well and small ones badly.
@@ -37,13 +37,13 @@ import torch
 from torch import Tensor, nn
 
 from .._kernels import pack_ternary
+from ..grid import Grid, solve_grids, sweep_codes
 from ..packed import TernaryLinear, linear_shape
 from ..step import LinearStep, register
 
 
 SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 MAX_DAMPENING = 1.0
-ROWS_AT_ONCE = 512
 
 
 @register(
@@ -125,39 +125,6 @@ class PT2LLM(LinearStep):
         }
 
 
-@dataclass(frozen=True)
-class Grid:
-    """How scales and offsets are laid out: columns per group, and the dtype they are stored in."""
-
-    size: int
-    dtype: torch.dtype
-
-    def groups(self, columns: int) -> list[slice]:
-        """The columns of each group; the last may be short."""
-        return [slice(start, min(start + self.size, columns)) for start in range(0, columns, self.size)]
-
-    def expand(self, values: Tensor, columns: int) -> Tensor:
-        """(rows, groups) to (rows, columns)."""
-        return values.repeat_interleave(self.size, dim=1)[:, :columns]
-
-    def weight(self, scale: Tensor, offset: Tensor, codes: Tensor) -> Tensor:
-        """The dense weight, (rows, columns)."""
-        columns = codes.shape[1]
-        return self.expand(scale, columns) * codes + self.expand(offset, columns)
-
-    def stored(self, scale: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and offset as they will be read back, so that later columns can make up for their rounding."""
-        rounded = [value.to(self.dtype).to(value.dtype) for value in (scale, offset)]
-        lost = sum((a - b).abs() for a, b in zip(rounded, (scale, offset), strict=True))
-        if not (lost <= 0.02 * (scale.abs() + offset.abs())).all():
-            largest = max(scale.abs().max().item(), offset.abs().max().item())
-            raise ValueError(
-                f"scales and offsets (of magnitude up to {largest:.3g}) are out of the range of {self.dtype}; "
-                'pass scale_dtype="bfloat16" or "float32"'
-            )
-        return rounded[0], rounded[1]
-
-
 def check_finite(weight: Tensor, gram: Tensor | None) -> None:
     """Raise a `ValueError` that names what is missing, misshapen or not finite."""
     if gram is None:
@@ -231,13 +198,26 @@ def align_grid(weight: Tensor, codes: Tensor, metric: Tensor) -> tuple[Tensor, T
 def fit_ternary(weight: Tensor, importance: Tensor, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
     """ITF: scale and offset (rows, 1) and codes (rows, columns) of one group, without regard to correlations.
 
+    It is run from two starts, the spread of the weights and their range (which finds weights that are ternary
+    already), and keeps the better one in each row.
+
     Args:
         weight: (rows, columns).
         importance: What each column's error counts, (columns,); ones for the plain error of the weights.
         iterations: Most alternations.
     """
-    offset = weight.mean(1, keepdim=True)
-    scale = 1.4 * (weight - offset).abs().mean(1, keepdim=True)
+    mean, low, high = weight.mean(1, keepdim=True), weight.amin(1, keepdim=True), weight.amax(1, keepdim=True)
+    starts = [(1.4 * (weight - mean).abs().mean(1, keepdim=True), mean), ((high - low) / 2, (high + low) / 2)]
+    fits = [_alternate(weight, importance, iterations, scale, offset) for scale, offset in starts]
+    errors = [((weight - s * t - o).square() * importance).sum(1, keepdim=True) for s, o, t in fits]
+    first = errors[0] <= errors[1]
+    scale, offset, codes = (torch.where(first, a, b) for a, b in zip(*fits, strict=True))
+    return scale, offset, codes
+
+
+def _alternate(
+    weight: Tensor, importance: Tensor, iterations: int, scale: Tensor, offset: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     codes = nearest_codes(weight, scale, offset)
     for _ in range(iterations):
         scale, offset = align_grid(weight, codes, importance)
@@ -297,63 +277,3 @@ def round_columns(weight: Tensor, scale: Tensor, offset: Tensor, inverse: Tensor
 def positive(scale: Tensor, offset: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The same weights with no negative scale: (rows, 1) for one group of codes."""
     return scale.abs(), offset, torch.where(scale < 0, -codes, codes)
-
-
-def solve_grids(weight: Tensor, hessian: Tensor, codes: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
-    """Minimize tr((W - Q) H (W - Q)^T) over all scales and offsets of each row jointly, with the codes frozen.
-
-    The normal equations of a row have 2 * groups unknowns. Returns scale and offset (rows, groups) as stored, and the
-    codes, with the sign turned where a scale came out negative.
-    """
-    rows, columns = codes.shape
-    groups = grid.groups(columns)
-    member = torch.zeros(columns, len(groups), device=codes.device)  # 1 where a column belongs to a group
-    for number, group in enumerate(groups):
-        member[group, number] = 1
-    ones = member.T @ hessian @ member
-    scales, offsets = [], []
-    for part in range(0, rows, ROWS_AT_ONCE):
-        t, target = codes[part : part + ROWS_AT_ONCE], weight[part : part + ROWS_AT_ONCE] @ hessian
-        matrix = torch.empty(len(t), 2, len(groups), 2, len(groups), dtype=torch.float64, device=codes.device)
-        for number, group in enumerate(groups):
-            product = t[:, group] @ hessian[group]
-            matrix[:, 0, number, 0] = (product * t) @ member
-            matrix[:, 0, number, 1] = product @ member
-        matrix[:, 1, :, 0] = matrix[:, 0, :, 1].transpose(1, 2)
-        matrix[:, 1, :, 1] = ones
-        matrix = matrix.flatten(3, 4).flatten(1, 2)
-        diagonal = matrix.diagonal(dim1=1, dim2=2)
-        diagonal += 1e-7 * diagonal.mean(dim=1, keepdim=True)  # groups whose codes are all equal
-        right = torch.cat([(target * t) @ member, target @ member], dim=1).double()
-        solution = torch.linalg.solve(matrix, right).float()
-        scales.append(solution[:, : len(groups)])
-        offsets.append(solution[:, len(groups) :])
-    scale, offset = torch.cat(scales), torch.cat(offsets)
-    codes = torch.where(grid.expand(scale, columns) < 0, -codes, codes)
-    return *grid.stored(scale.abs(), offset), codes
-
-
-def sweep_codes(
-    weight: Tensor, hessian: Tensor, scale: Tensor, offset: Tensor, codes: Tensor, grid: Grid, sweeps: int = 2
-) -> Tensor:
-    """Coordinate descent: move each code to the best of its three values given all others, column after column.
-
-    With D = W - Q, the best value for column k of a row is its present one plus (D H)[k] / H[k, k], rounded to the
-    grid; no move raises tr(D H D^T). Returns the new codes, (rows, columns).
-    """
-    codes = codes.T.contiguous()
-    gradient = ((weight - grid.weight(scale, offset, codes.T)) @ hessian).T.contiguous()
-    for _ in range(sweeps):
-        for number, group in enumerate(grid.groups(len(codes))):
-            step = scale[:, number]
-            per_code = torch.where(step > 0, 1 / step, 0)
-            block, before = hessian[group, group].contiguous(), codes[group].clone()
-            for k in range(group.start, group.stop):
-                moved = codes[k] + gradient[k] * (per_code / hessian[k, k])
-                change = moved.round_().clamp_(-1, 1) - codes[k]
-                codes[k] += change
-                gradient[group].addr_(block[k - group.start], change * step, alpha=-1)
-            change = (codes[group] - before) * step
-            gradient[: group.start] -= hessian[: group.start, group] @ change
-            gradient[group.stop :] -= hessian[group.stop :, group] @ change
-    return codes.T

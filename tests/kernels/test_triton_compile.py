@@ -38,14 +38,14 @@ FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 
 def linear(tokens, dtype, act_bits, group_size=None, size=4096):
     """A call of ternary_linear_triton of size x size; with `group_size` it has an offset, else one scale per row."""
-    scale = torch.empty(size, size // group_size if group_size else 1)
+    scale = torch.empty(size, -(-size // group_size) if group_size else 1)
     offset = torch.empty_like(scale) if group_size else None
     x, weight = torch.empty(tokens, size, dtype=dtype), torch.empty(size // 4, size, dtype=torch.uint8)
     return lambda: launcher.ternary_linear_triton(x, weight, scale, offset, None, size, group_size or size, act_bits)
 
 
 def gradient(tokens, dtype, group_size, size=4096):
-    scale = torch.empty(size, size // group_size)
+    scale = torch.empty(size, -(-size // group_size))
     dy, weight = torch.empty(tokens, size, dtype=dtype), torch.empty(size // 4, size, dtype=torch.uint8)
     return lambda: launcher.ternary_linear_dx_triton(dy, weight, scale, torch.empty_like(scale), group_size)
 
@@ -63,10 +63,12 @@ CASES = {
     "decode W2A16 fp16, group 128": (linear(1, FP16, 0, 128), "ternary_linear_kernel", True, (2.4, 2.5, 6.0)),
     "prefill W2A8, row": (linear(512, BF16, 8), "ternary_linear_kernel", True, (1.4, 1.1, 5.5)),
     "prefill W2A8, group 128": (linear(512, BF16, 8, 128), "ternary_linear_kernel", True, (3.3, 3.1, 3.2)),
+    "prefill W2A8, short last group": (linear(512, BF16, 8, 128, 576), "ternary_linear_kernel", True, (2.4, 2.3, 4.0)),
     "prefill W2A16 bf16, row": (linear(512, BF16, 0), "ternary_linear_kernel", True, (4.0, 3.0, 12.0)),
     "prefill W2A16 bf16, group 128": (linear(512, BF16, 0, 128), "ternary_linear_kernel", True, (4.2, 3.9, 5.8)),
     "fp32, group 128": (linear(512, FP32, 0, 128), "ternary_linear_kernel", False, (None, None, None)),
     "dx bf16, group 128": (gradient(512, BF16, 128), "ternary_dx_kernel", True, (8.0, 4.1, 22.5)),
+    "dx fp16, group 100": (gradient(512, FP16, 100), "ternary_dx_kernel", False, (None, None, None)),
 }
 
 
@@ -171,9 +173,10 @@ def table() -> str:
         "# Triton kernels, compiled figures",
         "",
         f"Compiled with Triton {triton.__version__} for GPUs that were not there; nothing here was run or timed.",
-        "4096 x 4096, M = 1 (decode) or 512 (prefill, dx) unless named; group 128 has an offset too. `instr/weight` is",
-        "the hot loop's instructions per decoded weight; a kernel stays limited by memory at M = 1 below about 2.4",
-        "(A100), 2.2 (H100), 1.9 (MI300X). Written by `python tests/kernels/test_triton_compile.py FILE`.",
+        "4096 x 4096 (short last group: 576 x 576), M = 1 (decode) or 512 (prefill, dx) unless named; groups have an",
+        "offset too, rows have none. `instr/weight` is the hot loop's instructions per decoded weight; a kernel stays",
+        "limited by memory at M = 1 below about 2.4 (A100), 2.2 (H100), 1.9 (MI300X).",
+        "Written by `python tests/kernels/test_triton_compile.py FILE`.",
         "",
         "| kernel | target | registers | spills | shared kB | matrix instruction | load bytes | instr/weight |",
         "|---|---|---|---|---|---|---|---|",

@@ -383,7 +383,7 @@ static void rows_portable(const Problem *p, int64_t begin, int64_t end, const Sc
 }
 
 #ifdef HAVE_X86
-/* Bytes between a load of the weight and the prefetch for a later one. */
+/* Bytes between a load of the weight and the prefetch for a later one, into L2: into L1 it pushes long activations out. */
 enum { PREFETCH = 4096 };
 
 /* Where the scales and offsets of one packed row lie, to be prefetched little by little during the row before it: all
@@ -462,7 +462,7 @@ AVX2 static void rows_avx2(const Problem *p, int64_t begin, int64_t end, const S
                     const uint8_t *pause = stop - w > 256 ? w + 256 : stop;
                     __m256i a0 = _mm256_setzero_si256(), a1 = a0, a2 = a0, a3 = a0;
                     for (; w < pause; w += 64, x += 64) {
-                        _mm_prefetch((const char *)w + PREFETCH, _MM_HINT_T0);
+                        _mm_prefetch((const char *)w + PREFETCH, _MM_HINT_T1);
                         __m256i v = _mm256_loadu_si256((const __m256i *)w), q = _mm256_loadu_si256((const __m256i *)x);
                         __m256i u = _mm256_srli_epi16(v, 4);
                         a0 = _mm256_add_epi16(a0, _mm256_maddubs_epi16(_mm256_and_si256(v, low), q));
@@ -552,8 +552,8 @@ AVX512 static void rows_avx512(const Problem *p, int64_t begin, int64_t end, con
                     _mm_prefetch(next.scale[i / 4 % 4] + i / 16 * 16 * next.scale_bytes, _MM_HINT_T0);
                     _mm_prefetch(next.offset[i / 4 % 4] + i / 16 * 16 * next.offset_bytes, _MM_HINT_T0);
                 }
-                _mm_prefetch((const char *)w + PREFETCH, _MM_HINT_T0);
-                _mm_prefetch((const char *)w + PREFETCH + 64, _MM_HINT_T0);
+                _mm_prefetch((const char *)w + PREFETCH, _MM_HINT_T1);
+                _mm_prefetch((const char *)w + PREFETCH + 64, _MM_HINT_T1);
                 __m512i a0 = _mm512_dpbusd_epi32(zero, _mm512_and_si512(v, m0), q);
                 __m512i a1 = _mm512_dpbusd_epi32(zero, _mm512_and_si512(v, m1), q);
                 __m512i a2 = _mm512_dpbusd_epi32(zero, _mm512_and_si512(v, m2), q);
@@ -576,8 +576,8 @@ AVX512 static void rows_avx512(const Problem *p, int64_t begin, int64_t end, con
                 for (; w + 64 < stop; w += 128, x += 128) {
                     __m512i v = _mm512_loadu_si512(w), q = _mm512_loadu_si512(x);
                     __m512i u = _mm512_loadu_si512(w + 64), r = _mm512_loadu_si512(x + 64);
-                    _mm_prefetch((const char *)w + PREFETCH, _MM_HINT_T0);
-                    _mm_prefetch((const char *)w + PREFETCH + 64, _MM_HINT_T0);
+                    _mm_prefetch((const char *)w + PREFETCH, _MM_HINT_T1);
+                    _mm_prefetch((const char *)w + PREFETCH + 64, _MM_HINT_T1);
                     a0 = _mm512_dpbusd_epi32(a0, _mm512_and_si512(v, m0), q);
                     a1 = _mm512_dpbusd_epi32(a1, _mm512_and_si512(v, m1), q);
                     a2 = _mm512_dpbusd_epi32(a2, _mm512_and_si512(v, m2), q);
@@ -589,7 +589,7 @@ AVX512 static void rows_avx512(const Problem *p, int64_t begin, int64_t end, con
                 }
                 if (w < stop) {
                     __m512i v = _mm512_loadu_si512(w), q = _mm512_loadu_si512(x);
-                    _mm_prefetch((const char *)w + PREFETCH, _MM_HINT_T0);
+                    _mm_prefetch((const char *)w + PREFETCH, _MM_HINT_T1);
                     a0 = _mm512_dpbusd_epi32(a0, _mm512_and_si512(v, m0), q);
                     a1 = _mm512_dpbusd_epi32(a1, _mm512_and_si512(v, m1), q);
                     a2 = _mm512_dpbusd_epi32(a2, _mm512_and_si512(v, m2), q);

@@ -58,7 +58,7 @@ class Segments:
 
 
 def choose_tiles(
-    tokens: int, packed_rows: int, columns: int, *, dtype: torch.dtype, grouped: bool, nvidia: bool
+    tokens: int, packed_rows: int, columns: int, *, dtype: torch.dtype, group_size: int | None, nvidia: bool
 ) -> Tiles:
     """Tile sizes for a product of (tokens, columns) with (4 * packed_rows, columns), from compiled resource figures.
 
@@ -67,15 +67,18 @@ def choose_tiles(
         packed_rows: rows of the packed weight, a quarter of the output features.
         columns: input features, K.
         dtype: what `tl.dot` multiplies: int8, float16, bfloat16 or float32.
-        grouped: several scales along K. The fp32 totals then live beside the products, so prefill tiles are smaller.
+        group_size: columns that share a scale, None for one scale per row. With groups the fp32 totals live beside
+            the products, so prefill tiles are smaller, and smaller still where a short last group needs masks.
         nvidia: tiles of 8 tokens exist, and two warps per program keep small batches off Hopper's warpgroup
             instruction, which costs more to feed. AMD takes tiles of 16 tokens and four warps.
     """
     if dtype == torch.float32:
         return Tiles(tokens=16, rows=32, columns=32, warps=4, stages=2)
     if tokens > DECODE_TOKENS:
-        step = 128 if dtype == torch.int8 and grouped else 64
-        return Tiles(tokens=32 if grouped else 64, rows=64, columns=step, warps=4, stages=3)
+        if group_size is None:
+            return Tiles(tokens=64, rows=64, columns=64, warps=4, stages=3)
+        step = 128 if dtype == torch.int8 else 64
+        return Tiles(tokens=16 if columns % group_size else 32, rows=64, columns=step, warps=4, stages=3)
     step = 128 if dtype == torch.int8 else 64
     rows = 32 if nvidia else 64
     splits = min(triton.cdiv(TARGET_PROGRAMS, triton.cdiv(packed_rows, rows)), triton.cdiv(columns, 4 * step))
@@ -120,8 +123,9 @@ def ternary_linear_triton(
         return out
     grouped = scale.dim() == 2 and scale.shape[1] > 1
     operand = torch.int8 if act_bits == 8 else x.dtype
-    tiles = choose_tiles(tokens, packed_rows, columns, dtype=operand, grouped=grouped, nvidia=_speaks_ptx(x))
-    segments = cut_columns(columns, group_size if grouped else None, tiles)
+    group = group_size if grouped else None
+    tiles = choose_tiles(tokens, packed_rows, columns, dtype=operand, group_size=group, nvidia=_speaks_ptx(x))
+    segments = cut_columns(columns, group, tiles)
     splits = triton.cdiv(segments.count, segments.per_split)
     weight, scale = weight.contiguous(), scale.contiguous()
     offset = None if offset is None else offset.contiguous()
@@ -214,8 +218,9 @@ def ternary_linear_dx_triton(
     grouped = scale.dim() == 2 and scale.shape[1] > 1
     weight, scale = weight.contiguous(), scale.contiguous()
     extra = None if offset is None else flat.float() @ offset.float()
-    tiles = choose_dx_tiles(flat.shape[0], dtype=dy.dtype)
-    segments = cut_columns(columns, group_size if grouped else None, tiles)
+    group = group_size if grouped else None
+    tiles = choose_dx_tiles(flat.shape[0], dtype=dy.dtype, group_size=group)
+    segments = cut_columns(columns, group, tiles)
     steps = triton.cdiv(segments.size, segments.columns)
 
     with torch.cuda.device_of(dy):
@@ -246,11 +251,15 @@ def ternary_linear_dx_triton(
     return dx
 
 
-def choose_dx_tiles(tokens: int, *, dtype: torch.dtype) -> Tiles:
-    """Tile sizes of dx = dy W: `tokens` x `columns` outputs, `rows` packed rows per step."""
+def choose_dx_tiles(tokens: int, *, dtype: torch.dtype, group_size: int | None) -> Tiles:
+    """Tile sizes of dx = dy W: `tokens` x `columns` outputs, `rows` packed rows per step.
+
+    Groups that are not aligned to 16 columns are loaded piecemeal; prefetching them too would spill registers.
+    """
     if dtype == torch.float32:
         return Tiles(tokens=16, rows=16, columns=64, warps=4, stages=2)
-    return Tiles(tokens=16 if tokens <= DECODE_TOKENS else 64, rows=32, columns=128, warps=4, stages=3)
+    stages = 1 if group_size is not None and group_size % 16 else 3
+    return Tiles(tokens=16 if tokens <= DECODE_TOKENS else 64, rows=32, columns=128, warps=4, stages=stages)
 
 
 def _speaks_ptx(x: Tensor) -> bool:
