@@ -2,7 +2,7 @@
 
     python benchmarks/ternary_ppl.py [--text FILE] [--calibration-text FILE] [--rows dense rtn-itf ...] [--windows 16]
 
-WikiText-2 test text, tokenized once, the first 16 non-overlapping windows of 1024 tokens, fp32. All linear layers of
+WikiText-2 test text, tokenized once, the first 16 non-overlapping windows of 1024 tokens, fp32 unless --dtype says otherwise. All linear layers of
 the decoder are ternary with groups of 128 columns; the tied embeddings and head stay dense. Bits per weight are those
 of the packed layers, scales and offsets included. Every finished row goes into results/ternary_ppl.csv at once, so
 that the rows can be made in several runs; results/ternary_ppl.md is made from it and keeps its notes.
@@ -37,7 +37,7 @@ import smollm2  # noqa: E402
 DATA = ROOT.parent / "shared" / "data" / "wikitext2"
 GROUP = 128
 ROWS = ("dense", "rtn-absmean", "rtn-itf", "paper", "refined", "refined-text")
-FIELDS = ("row", "perplexity", "bits_per_weight", "seconds", "calibration", "windows", "threads", "machine")
+FIELDS = ("row", "perplexity", "bits_per_weight", "seconds", "calibration", "windows", "dtype", "threads", "machine")
 NOTES = "## Notes"
 
 
@@ -81,9 +81,10 @@ def packed_bits(model: PreTrainedModel) -> float:
 
 def measure(name: str, options: argparse.Namespace, ids: torch.Tensor, folder: Path, tokenizer) -> list[dict]:
     """The result rows of one way of making the model ternary."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, options.dtype)).eval()
     shape = {"samples": options.samples, "length": options.length}
-    calibration, bits, source = Calibration(**shape), 32.0, "none"
+    calibration, source = Calibration(**shape), "none"
+    bits = 8.0 * model.dtype.itemsize
     if name == "refined-text":
         calibration = Calibration(source=options.calibration_text, **shape)
     if name in ("paper", "refined", "refined-text"):
@@ -99,7 +100,12 @@ def measure(name: str, options: argparse.Namespace, ids: torch.Tensor, folder: P
             slim(model, [PT2LLM(variant=name.split("-")[0])], data=calibration)
             bits = packed_bits(model)
     row = {"row": name, "bits_per_weight": f"{bits:.3f}", "seconds": f"{time.perf_counter() - start:.0f}"}
-    row |= {"calibration": source, "windows": options.windows, "threads": torch.get_num_threads()}
+    row |= {
+        "calibration": source,
+        "windows": options.windows,
+        "dtype": options.dtype,
+        "threads": torch.get_num_threads(),
+    }
     row["machine"] = platform.processor() or platform.machine()
     rows = [row | {"perplexity": f"{perplexity(model, ids, max_windows=options.windows):.2f}"}]
     if name == "refined":
@@ -128,12 +134,12 @@ def write(rows: list[dict], out: Path) -> None:
     lines = [
         "# SmolLM2-135M-Instruct in ternary: perplexity on the WikiText-2 test text",
         "",
-        "Windows of 1024 tokens, fp32; made by `python benchmarks/ternary_ppl.py`, where the rows are explained.",
+        "Windows of 1024 tokens; made by `python benchmarks/ternary_ppl.py`, where the rows are explained.",
         "",
-        "| row | perplexity | bits per weight (packed layers) | seconds | calibration | windows |",
-        "| --- | ---: | ---: | ---: | --- | ---: |",
+        "| row | perplexity | bits per weight (packed layers) | seconds | calibration | windows | dtype |",
+        "| --- | ---: | ---: | ---: | --- | ---: | --- |",
     ]
-    shown = ("row", "perplexity", "bits_per_weight", "seconds", "calibration", "windows")
+    shown = ("row", "perplexity", "bits_per_weight", "seconds", "calibration", "windows", "dtype")
     lines += ["| " + " | ".join(str(row[name]) for name in shown) + " |" for row in kept]
     page.write_text("\n".join([*lines, "", notes]), encoding="utf-8")
 
@@ -146,6 +152,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--model", type=Path, help="folder of the dense model; by default it is fetched")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args()
