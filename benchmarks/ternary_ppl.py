@@ -2,10 +2,11 @@
 
     python benchmarks/ternary_ppl.py [--text FILE] [--calibration-text FILE] [--rows dense rtn-itf ...] [--windows 16]
 
-WikiText-2 test text, tokenized once, the first 16 non-overlapping windows of 1024 tokens, fp32 unless --dtype says otherwise. All linear layers of
-the decoder are ternary with groups of 128 columns; the tied embeddings and head stay dense. Bits per weight are those
-of the packed layers, scales and offsets included. Every finished row goes into results/ternary_ppl.csv at once, so
-that the rows can be made in several runs; results/ternary_ppl.md is made from it and keeps its notes.
+WikiText-2 test text, tokenized once, the first 16 non-overlapping windows of 1024 tokens, fp32 unless --dtype says
+otherwise. All linear layers of the decoder are ternary with groups of 128 columns; the tied embeddings and head stay
+dense. Bits per weight are those of the packed layers, scales and offsets included. Every finished row goes into
+results/ternary_ppl.csv at once, so that the rows can be made in several runs; results/ternary_ppl.md is made from it
+and keeps its notes.
 
     dense         the model as it is
     rtn-absmean   round to nearest, no data: scale mean |W| of each group, no offset

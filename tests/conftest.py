@@ -9,10 +9,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OPTIMUM_SLIM_CACHE", tempfile.mkdtemp(prefix="optimum_slim_tests_"))
 sys.path.insert(0, str(Path(__file__).parent))
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from helpers import tiny_llama  # noqa: E402
-from transformers.utils import logging  # noqa: E402
+import pytest
+import torch
+from helpers import tiny_llama
+from transformers.utils import logging
 
 
 logging.disable_progress_bar()
