@@ -20,7 +20,7 @@ class CompilerMissing(RuntimeError):
 
 def library_name(*build: str) -> str:
     """File name of the library: a digest of the source and of what built it, so that a stale one is never loaded."""
-    digest = hashlib.sha256(SOURCE.read_bytes())
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in (SOURCE, *sorted(SOURCE.parent.glob("*.h")))))
     for part in build:
         digest.update(b"\0" + part.encode())
     return f"ternary-{digest.hexdigest()[:16]}.so"
