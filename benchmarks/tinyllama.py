@@ -181,7 +181,7 @@ def main():
         "",
         f"`python benchmarks/tinyllama.py --tokens {arguments.tokens} --repeats {arguments.repeats}`, "
         f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}. Kernel: {backend_report()['cpu']}",
+        f"transformers {transformers.__version__}. Kernel: {backend_report()['cpu'].split(' (')[0]}",
         "",
         "| figure | value | target | |",
         "|---|---|---|---|",

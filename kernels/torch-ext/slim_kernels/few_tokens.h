@@ -66,7 +66,7 @@ static void rows_portable(const Problem *p, int64_t begin, int64_t end, const Sc
 
 #ifdef HAVE_X86
 /* Bytes between a load of the weight and the prefetch for a later one, into L2: into L1 it pushes long activations out. */
-enum { PREFETCH = 4096 };
+enum { PREFETCH = 8192 };
 
 /* Where the scales and offsets of one packed row lie, to be prefetched little by little during the row before it: all
    at once they would hold up the weights. */

@@ -1,12 +1,14 @@
 """Ternary linear on the CPU against `F.linear`, and whether the targets hold.
 
-    python benchmarks/kernels.py                          full run, writes benchmarks/results/kernels.{csv,md}
-    python benchmarks/kernels.py --quick                  fewer rounds and batch sizes
-    python benchmarks/kernels.py --emulate avx2           an AVX2 machine, for both sides; writes kernels-avx2.{csv,md}
+    python benchmarks/ternary_linear.py                   full run, writes benchmarks/results/ternary_linear.{csv,md}
+    python benchmarks/ternary_linear.py --quick           fewer rounds and batch sizes
+    python benchmarks/ternary_linear.py --emulate avx2    an AVX2 machine, for both sides; writes ternary_linear-avx2.*
 
-Candidates take turns inside each round, so that a busy moment hits all of them. Weights rotate over copies of more
-than 160 MB, so that decode reads memory. With one thread the clock is the CPU time of the thread, with more it is
-wall-clock time. Ratios are `F.linear` time / ternary time; `min` compares the fastest calls, `median` the middle ones.
+Candidates take turns inside each round, so that a busy moment hits all of them. Below 16 tokens a turn is 8 calls on
+8 different weights, as the layers of a model follow one another, and its time is divided by 8. Weights rotate over
+copies of more than 160 MB, so that decode reads memory. With one thread the clock is the CPU time of the thread, with
+more it is wall-clock time. Ratios are `F.linear` time / ternary time; `min` compares the fastest turns, `median` the
+middle ones.
 """
 
 import argparse
@@ -33,6 +35,7 @@ AVX2 = {
 SHAPES = [(4096, 4096), (4096, 11008), (11008, 4096)]
 TOKENS = [1, 2, 3, 4, 8, 16, 32, 64, 128, 256, 512]
 ROTATED_BYTES = 170e6
+BURST = 8
 FIELDS = [
     "out",
     "in",
@@ -106,8 +109,7 @@ def run_shape(outs: int, columns: int, args, threads: int) -> list[dict]:
                 candidates["ternary", dtype] = lambda i, x=inputs[dtype], w=layers: kernels.ternary_linear(
                     x, *w[i % len(w)], args.act_bits
                 )
-            small = tokens < 16 and threads == 1
-            repeats = {name: 8 if small and name[0] == "ternary" else 1 for name in candidates}
+            repeats = dict.fromkeys(candidates, BURST if tokens < 16 else 1)
             times = measure(candidates, args.seconds, clock, repeats)
             for dtype in dense:
                 slow, fast = times["dense", dtype], times["ternary", dtype]
@@ -183,7 +185,7 @@ def main() -> None:
     )
     print("\n" + closing)
     args.out.mkdir(parents=True, exist_ok=True)
-    stem = "kernels" if args.emulate is None else f"kernels-{args.emulate}"
+    stem = "ternary_linear" if args.emulate is None else f"ternary_linear-{args.emulate}"
     with (args.out / f"{stem}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS)
         writer.writeheader()
