@@ -12,7 +12,7 @@ and keeps its notes.
     rtn-absmean   round to nearest, no data: scale mean |W| of each group, no offset
     rtn-itf       round to nearest, no data: iterative ternary fitting of scale and offset of each group
     paper         PT2LLM(variant="paper") on the model's own samples
-    refined       PT2LLM() on the model's own samples; also evaluated with int8 activations ("refined-int8")
+    refined       PT2LLM() on the model's own samples; also evaluated with float activations ("refined-float")
     refined-text  PT2LLM() on windows of --calibration-text
 """
 
@@ -112,9 +112,9 @@ def measure(name: str, options: argparse.Namespace, ids: torch.Tensor, folder: P
     if name == "refined":
         for module in model.modules():
             if isinstance(module, TernaryLinear):
-                module.activation_bits = 8
+                module.activation_bits = None
         found = perplexity(model, ids, max_windows=options.windows)
-        rows.append(row | {"row": "refined-int8", "perplexity": f"{found:.2f}"})
+        rows.append(row | {"row": "refined-float", "perplexity": f"{found:.2f}"})
     return rows
 
 
@@ -124,7 +124,7 @@ def write(rows: list[dict], out: Path) -> None:
     kept = list(csv.DictReader(path.open(encoding="utf-8"))) if path.is_file() else []
     names = {row["row"] for row in rows}
     kept = [row for row in kept if row["row"] not in names] + rows
-    order = [*ROWS[:5], "refined-int8", "refined-text"]
+    order = [*ROWS[:5], "refined-float", "refined-text"]
     kept.sort(key=lambda row: order.index(row["row"]))
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, FIELDS)

@@ -162,15 +162,9 @@ class LinearStep(Step):
 
     def pack(self, name: str, weight: Tensor, gram: Tensor | None = None) -> dict[str, Tensor]:
         """`compress` with the checks that concern every method; errors name the layer."""
-        if not weight.is_floating_point():
-            raise TypeError(f"{name}.weight has dtype {weight.dtype}; {self.name} packs floating-point weights only")
-        weight = weight.detach().float()
-        if not all(torch.isfinite(extreme) for extreme in weight.aminmax()):
-            raise ValueError(
-                f"{name}.weight holds NaN or infinite values; the checkpoint is damaged, load a sound one"
-            )
+        check_weight(name, weight)
         try:
-            return self.compress(weight, gram)
+            return self.compress(weight.detach().float(), gram)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
 
@@ -188,6 +182,8 @@ class LinearStep(Step):
     def apply(self, model: nn.Module, tokens: Tensor | None) -> StepReport:
         start, rows = time.perf_counter(), []
         names = list(self.targets(model))
+        for name in names:  # before the first layer is changed
+            check_weight(name, model.get_submodule(name).weight)
         if self.needs_data:
             rows = self._apply_with_data(model, names, tokens)
         else:
@@ -212,6 +208,14 @@ class LinearStep(Step):
         if missed:
             raise ValueError(f"{self.name} saw no calibration token in {sorted(missed)}; pass more or longer samples")
         return rows
+
+
+def check_weight(name: str, weight: Tensor) -> None:
+    """Raise unless the weight of layer `name` is floating-point and finite."""
+    if not weight.is_floating_point():
+        raise TypeError(f"{name}.weight has dtype {weight.dtype}; only floating-point weights can be packed")
+    if not all(torch.isfinite(extreme) for extreme in weight.detach().aminmax()):
+        raise ValueError(f"{name}.weight holds NaN or infinite values; the checkpoint is damaged, load a sound one")
 
 
 def layer_row(name: str, packed: PackedLinear) -> dict[str, Any]:

@@ -112,3 +112,11 @@ def test_report_rows_name_every_packed_layer():
     assert len(rows) == 14 and rows[0]["name"] == "model.layers.0.self_attn.q_proj"
     assert all(2.0 <= row["bits_per_weight"] < 2.1 and 0.1 < row["relative_error"] < 0.4 for row in rows)
     assert report.sizes["after"] < report.sizes["before"]
+
+
+def test_a_damaged_weight_is_found_before_any_layer_is_changed():
+    model = tiny_llama()
+    model.model.layers[1].mlp.down_proj.weight.data[3, 5] = float("nan")
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj\.weight holds NaN"):
+        slim(model, BitNet(force=True))
+    assert not any(isinstance(module, TernaryLinear) for module in model.modules())

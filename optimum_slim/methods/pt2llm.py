@@ -60,7 +60,8 @@ class PT2LLM(LinearStep):
         iterations (`int`): most ITF iterations.
         dampening (`float`): share of the mean diagonal added to the Gram matrix's; raised tenfold, up to 1, for as
             long as the matrix cannot be factorized.
-        activation_bits (`8` or `None`): int8 activations per token and group, or activations left as they are.
+        activation_bits (`8` or `None`): int8 activations per token and group, for which the fast kernels are made, or
+            activations left as they are, as in the paper.
         scale_dtype (`str`): `"float16"`, `"bfloat16"` or `"float32"`: how scales and offsets are stored.
         modules_to_not_convert (`tuple[str]`, *optional*): see `LinearStep`.
     """
@@ -72,7 +73,7 @@ class PT2LLM(LinearStep):
     rounds: int = 2
     iterations: int = 10
     dampening: float = 0.01
-    activation_bits: int | None = None
+    activation_bits: int | None = 8
     scale_dtype: str = "float16"
 
     def __post_init__(self):

@@ -130,6 +130,7 @@ EXPORT int slim_ternary_linear(const void *x, const uint8_t *weight, const void 
 
     int64_t width = !p->tiled ? 1 : isa == ISA_AVX2 ? 8 : 16;
     int64_t row_blocks = ceil_divide(p->rows, width), token_blocks = p->tiled ? ceil_divide(tokens, TOKEN_BLOCK) : 1;
+    const int64_t block = ceil_divide(tokens, token_blocks); /* nearly equal ones, so that threads get equal work */
     if (outs * columns * tokens < 300000 || threads < 1) threads = 1;
     if (threads > row_blocks * token_blocks) threads = (int)(row_blocks * token_blocks);
 
@@ -162,8 +163,8 @@ PARALLEL(omp parallel for num_threads(threads) schedule(static) if (threads > 1)
 #ifdef HAVE_X86
         if (p->tiled) {
             for (int64_t task = begin; task < end; task++) {
-                int64_t first = task / row_blocks * TOKEN_BLOCK, row = task % row_blocks * width;
-                int64_t last = first + TOKEN_BLOCK < tokens ? first + TOKEN_BLOCK : tokens;
+                int64_t first = task / row_blocks * block, row = task % row_blocks * width;
+                int64_t last = first + block < tokens ? first + block : tokens;
                 (isa == ISA_AVX2 ? block_avx2 : block_avx512)(p, row, first, last, &s);
             }
         } else if (isa == ISA_AVX512VNNI) {
