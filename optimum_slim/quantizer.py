@@ -5,6 +5,7 @@ that a dense copy of the model never exists; the rest of the recipe runs on the 
 checkpoint: the recorded recipe builds the packed skeleton on the meta device, and tensors load by name.
 """
 
+import dataclasses
 import time
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from .memory import release_free_memory
 from .methods.bitnet import check_stock_shapes, is_online
 from .packed import PackedLinear, check_packed, model_bytes
 from .recipe import record, run_steps
-from .step import LinearStep, Step, StepReport, layer_row, relative_error
+from .step import LinearStep, Step, StepReport, layer_row
 
 
 class PackOnLoad(ConversionOps):
@@ -125,8 +126,7 @@ class SlimQuantizer(HfQuantizer):
             if self.error is None:
                 state = self.on_load[index].pack(name, weight)
                 module.load_packed(state)
-                row = layer_row(name, module) | {"relative_error": relative_error(module, weight)}
-                self.reports[index].layers.append(row)
+                self.reports[index].layers.append(layer_row(name, module, weight))
                 release_free_memory()
                 self.reports[index].seconds += time.perf_counter() - start
                 return state
@@ -170,7 +170,7 @@ def _with_stock_skips(config: SlimConfig, model) -> Step:
     )
     linears = [name for name, module in model.named_modules() if type(module) is nn.Linear]
     dense = tuple(sorted(name for name in linears if not should_convert_module(name, patterns)))
-    return type(config.steps[0])(**(vars(config.steps[0]) | {"modules_to_not_convert": dense}))
+    return dataclasses.replace(config.steps[0], modules_to_not_convert=dense)
 
 
 def check_checkpoint(model, checkpoint_files) -> None:

@@ -177,7 +177,7 @@ class LinearStep(Step):
         packed.bias = linear.bias
         packed.train(linear.training)
         model.set_submodule(name, packed)
-        return layer_row(name, packed) | {"relative_error": relative_error(packed, dense, gram)}
+        return layer_row(name, packed, dense, gram)
 
     def apply(self, model: nn.Module, tokens: Tensor | None) -> StepReport:
         start, rows = time.perf_counter(), []
@@ -218,13 +218,14 @@ def check_weight(name: str, weight: Tensor) -> None:
         raise ValueError(f"{name}.weight holds NaN or infinite values; the checkpoint is damaged, load a sound one")
 
 
-def layer_row(name: str, packed: PackedLinear) -> dict[str, Any]:
-    """The report's row for one packed layer: name, logical shape, stored bits per weight."""
+def layer_row(name: str, packed: PackedLinear, dense: Tensor, gram: Tensor | None = None) -> dict[str, Any]:
+    """The report's row for one packed layer: name, logical shape, stored bits per weight, error against `dense`."""
     weights = packed.in_features * packed.out_features
     return {
         "name": name,
         "shape": [packed.out_features, packed.in_features],
         "bits_per_weight": packed.stored_bits() / weights,
+        "relative_error": relative_error(packed, dense, gram),
     }
 
 
