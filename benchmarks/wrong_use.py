@@ -21,6 +21,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3nForCausalLM,
+    Gemma3nTextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -28,7 +30,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from optimum_slim import PT2LLM, BitNet, Calibration, SlimConfig, save, slim
+from optimum_slim import PT2LLM, BitNet, Calibration, Depth, Heal, SlimConfig, save, slim
 
 
 @dataclass(frozen=True)
@@ -103,9 +105,23 @@ def integer_weights(folder: Path):
     slim(model, BitNet(force=True))
 
 
-def mixtral(folder: Path):
+def mixtral_model():
     settings = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    slim(MixtralForCausalLM(MixtralConfig(**settings, num_key_value_heads=2, vocab_size=64)), BitNet(force=True))
+    return MixtralForCausalLM(MixtralConfig(**settings, num_key_value_heads=2, vocab_size=64))
+
+
+def mixtral(folder: Path):
+    slim(mixtral_model(), BitNet(force=True))
+
+
+def shared_cache(folder: Path):
+    settings = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
+    more = {"vocab_size": 64, "vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8, "laurel_rank": 4}
+    config = Gemma3nTextConfig(
+        **settings, **more, num_key_value_heads=1, head_dim=16, num_kv_shared_layers=2, activation_sparsity_pattern=None,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    )  # fmt: skip
+    slim(Gemma3nForCausalLM(config), Depth(layers=(1,)))
 
 
 def no_decoder_layers(folder: Path):
@@ -206,6 +222,21 @@ WRONG_USES = [
              ValueError, KEY + "_scale"),
     WrongUse("truncated file", reload_truncated, ValueError, "truncated or damaged"),
     WrongUse("stock bitnet with group scales", stock_format_with_groups, ValueError, "one scale per matrix"),
+    WrongUse("depth without a number", lambda f: SlimConfig("depth"), ValueError, "Depth(drop=4)"),
+    WrongUse("more layers dropped than there are", lambda f: load(dense(f), Depth(drop=2, metric="deepest")), ValueError,
+             "at least one must stay"),
+    WrongUse("a layer that does not exist", lambda f: load(dense(f), Depth(layers=(7,))), ValueError, "layers 0 to 1"),
+    WrongUse("a cut that the config cannot express", shared_cache, ValueError, "num_kv_shared_layers"),
+    WrongUse("a linear patch for the first layers", lambda f: slim(llama(), Depth(layers=(0,), linear_patch=True), IDS),
+             ValueError, "layer 0 has none before it"),
+    WrongUse("pruning after packing", lambda f: SlimConfig([BitNet(force=True), Depth(drop=1)]), ValueError,
+             "put depth before bitnet"),
+    WrongUse("healing before anything was cut", lambda f: slim(llama(), Heal(), IDS), ValueError, "first step"),
+    WrongUse("healing fused experts", lambda f: slim(mixtral_model(), Heal(loss="next_token"), IDS), ValueError,
+             "target_modules"),
+    WrongUse("4 bits of packed layers", lambda f: SlimConfig("bitnet", then={"load_in_4bit": True}), ValueError,
+             "use one of the two"),
+    WrongUse("then= without bits", lambda f: slim(llama(), Depth(layers=(1,)), then={}), ValueError, "load_in_4bit"),
     WrongUse("disk too small, known before saving", full_disk_before, OSError, "1 free"),
     WrongUse("disk full while saving", full_disk_during, OSError, "nothing was written"),
     WrongUse("saving over a folder in use", not_empty, FileExistsError, "not empty"),

@@ -47,10 +47,11 @@ def _find_kernels() -> None:
 _check_transformers()
 _find_kernels()
 
+from .adapters import merge_and_repack, prepare_for_training  # noqa: E402
 from .calibration import Calibration  # noqa: E402
 from .config import SlimConfig  # noqa: E402
 from .evaluate import evaluate, perplexity  # noqa: E402
-from .methods import PT2LLM, BitNet  # noqa: E402
+from .methods import PT2LLM, BitNet, Depth, Heal  # noqa: E402
 from .packed import PackedLinear, TernaryLinear  # noqa: E402
 from .quantizer import SlimQuantizer  # noqa: E402
 from .recipe import slim  # noqa: E402
@@ -63,6 +64,8 @@ __all__ = [
     "PT2LLM",
     "BitNet",
     "Calibration",
+    "Depth",
+    "Heal",
     "LinearStep",
     "PackedLinear",
     "Report",
@@ -72,7 +75,9 @@ __all__ = [
     "StepReport",
     "TernaryLinear",
     "evaluate",
+    "merge_and_repack",
     "perplexity",
+    "prepare_for_training",
     "push_to_hub",
     "register",
     "save",

@@ -15,6 +15,7 @@ Text is taken as it is: documents are joined by an empty line, no chat template 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator
@@ -98,6 +99,22 @@ class Calibration:
                 f"Expected some of {', '.join(cls.__dataclass_fields__)}."
             )
         return cls(**settings)
+
+    def resized(self, samples: int | None = None, length: int | None = None) -> Calibration:
+        """The same source with another number of samples or another length; `None` leaves either as it is.
+
+        Raises:
+            ValueError: more or longer samples than the token ids given.
+        """
+        samples, length = samples or self.samples, length or self.length
+        if _kind(self.source) != "ids":
+            return dataclasses.replace(self, samples=samples, length=length)
+        if samples > self.samples or length > self.length:
+            raise ValueError(
+                f"A step asks for {samples} samples of {length} tokens, and the token ids given are {self.samples} of "
+                f"{self.length}. Pass more ids, or leave out samples and length."
+            )
+        return dataclasses.replace(self, source=self.source[:samples, :length])
 
     def tokens(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> Tensor:
         """Get the token ids, int64 (samples, length) on the CPU.

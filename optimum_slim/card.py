@@ -100,7 +100,7 @@ def quant_method(model) -> str | None:
 
 def base_model(model) -> str | None:
     """The Hub id of the model this one was made from; `None` if it came from a local folder or from nowhere."""
-    name = str(getattr(model, "name_or_path", "") or "")
+    name = str(getattr(model, "slim_base", "") or getattr(model, "name_or_path", "") or "")
     if not HUB_ID.fullmatch(name) or name.startswith(".") or Path(name).exists():
         return None
     return name

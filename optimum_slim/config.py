@@ -1,16 +1,17 @@
 """`SlimConfig`: a recipe in the shape that `from_pretrained(quantization_config=...)` and config.json understand."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
 import yaml
 from transformers.quantizers import register_quantization_config
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
-from transformers.utils.quantization_config import QuantizationConfigMixin
+from transformers.utils.quantization_config import BitsAndBytesConfig, QuantizationConfigMixin
 
 from .calibration import Calibration
 from .methods.bitnet import BitNet, stock_bitnet_config
-from .step import Step, step_from_dict
+from .step import LinearStep, Step, step_from_dict
 
 
 FORMAT_VERSION = 1
@@ -18,7 +19,7 @@ SAVE_FORMATS = ("slim", "bitnet")
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
-    """The `steps` and `calibration` of a YAML recipe file, as plain data."""
+    """The `steps`, `calibration` and `then` of a YAML recipe file, as plain data."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"recipe file {path} does not exist; pass a YAML file with a list under 'steps'")
@@ -28,9 +29,11 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"recipe {path} is not valid YAML: {error}") from error
     if not isinstance(data, dict) or not data.get("steps"):
         raise ValueError(f"recipe {path} needs a list of steps under 'steps', such as:\nsteps:\n  - step: pt2llm")
-    unknown = data.keys() - {"steps", "calibration"}
+    unknown = data.keys() - {"steps", "calibration", "then"}
     if unknown:
-        raise ValueError(f"recipe {path} has unknown keys {sorted(unknown)}; it may hold 'steps' and 'calibration'")
+        raise ValueError(
+            f"recipe {path} has unknown keys {sorted(unknown)}; it may hold 'steps', 'calibration' and 'then'"
+        )
     return data
 
 
@@ -58,6 +61,53 @@ def as_calibration(calibration: Any) -> Calibration:
     return Calibration() if calibration is None else Calibration(source=calibration)
 
 
+def as_then(then: Any) -> BitsAndBytesConfig | None:
+    """What quantizes the model after the recipe: a `BitsAndBytesConfig`, its arguments as a dict, or nothing."""
+    if then is None or isinstance(then, BitsAndBytesConfig):
+        return then
+    if not isinstance(then, dict):
+        raise TypeError(f"then= takes a BitsAndBytesConfig or its arguments as a dict, found {type(then).__name__}")
+    known = inspect.signature(BitsAndBytesConfig).parameters.keys() - {"kwargs"}
+    if unknown := then.keys() - known - {"quant_method", "_load_in_4bit", "_load_in_8bit"}:
+        raise ValueError(
+            f"then= has unknown keys {sorted(unknown)}; BitsAndBytesConfig takes {', '.join(sorted(known))}"
+        )
+    config = BitsAndBytesConfig(**{key: value for key, value in then.items() if key in known})
+    if config.quantization_method() is None:
+        raise ValueError(f"then={then} quantizes nothing; add load_in_4bit=True or load_in_8bit=True")
+    return config
+
+
+def check_order(steps: tuple[Step, ...], then: BitsAndBytesConfig | None) -> None:
+    """Raise a `ValueError` for an order of steps that cannot work, naming the one that does."""
+    packed = None
+    for number, step in enumerate(steps):
+        if step.before_packing and packed is not None:
+            raise ValueError(
+                f"{step.name} changes ordinary weights and layers, and {packed.name} has packed them before it; put "
+                f"{step.name} before {packed.name}"
+            )
+        if isinstance(step, LinearStep):
+            packed = step
+        if step.needs_teacher and number == 0:
+            raise ValueError(
+                f"{step.name} as the first step would teach the model what it does already; put the step that changes "
+                "the model before it, or train on text with Heal(loss='next_token')"
+            )
+        if getattr(step, "merge", True) is False and number + 1 < len(steps):
+            raise ValueError(f"{step.name} with merge=False leaves an adapter in the model; make it the last step")
+    if then is not None and packed is not None:
+        raise ValueError(
+            f"{packed.name} packs the linear layers, so there is nothing left for then=BitsAndBytesConfig(...); use "
+            "one of the two"
+        )
+    if then is not None and getattr(steps[-1], "merge", True) is False:
+        raise ValueError(
+            "then= would quantize a model with an unmerged adapter; use Heal(method='qlora', merge=False, "
+            "quantization={...}), which leaves the adapter on the 4-bit base, without then="
+        )
+
+
 class SlimConfig(QuantizationConfigMixin):
     """What to do to a model, and with which calibration data.
 
@@ -68,6 +118,8 @@ class SlimConfig(QuantizationConfigMixin):
         save_format (`str`): `"slim"`, or `"bitnet"` to save a model packed by `BitNet` as Transformers' own `bitnet`
             checkpoint, which loads without this package.
         tokenizer (*optional*): for calibration text; by default the one saved beside the model. Not recorded.
+        then (`BitsAndBytesConfig` or a dict of its arguments, *optional*): quantizes the model after the last step;
+            what is saved is then an ordinary bitsandbytes checkpoint.
 
     Raises:
         `ValueError`: unknown step, field, save format, or a checkpoint of a newer format version.
@@ -76,6 +128,7 @@ class SlimConfig(QuantizationConfigMixin):
 
         SlimConfig("bitnet")
         SlimConfig([PT2LLM(group_size=64)], calibration=Calibration(samples=32))
+        SlimConfig([Depth(drop=0.25), Heal(method="qlora")], then=BitsAndBytesConfig(load_in_4bit=True))
         SlimConfig("examples/recipes/ternary.yaml")
     """
 
@@ -86,6 +139,7 @@ class SlimConfig(QuantizationConfigMixin):
         calibration=None,
         save_format="slim",
         tokenizer=None,
+        then=None,
         format_version=FORMAT_VERSION,
         **kwargs,
     ):
@@ -97,35 +151,46 @@ class SlimConfig(QuantizationConfigMixin):
             )
         if kwargs:
             raise ValueError(
-                f"SlimConfig has no argument {sorted(kwargs)}; it takes steps, calibration, save_format and "
-                "tokenizer. A step's own fields belong into the step, as in SlimConfig([PT2LLM(group_size=64)])"
+                f"SlimConfig has no argument {sorted(kwargs)}; it takes steps, calibration, save_format, "
+                "tokenizer and then. A step's own fields belong into the step, as in "
+                "SlimConfig([PT2LLM(group_size=64)])"
             )
         if save_format not in SAVE_FORMATS:
             raise ValueError(f"save_format must be one of {SAVE_FORMATS}, found {save_format!r}")
-        if calibration is None and isinstance(steps, (str, Path)) and Path(steps).suffix in (".yaml", ".yml"):
-            calibration = read_recipe(steps).get("calibration")
+        if isinstance(steps, (str, Path)) and Path(steps).suffix in (".yaml", ".yml"):
+            recipe = read_recipe(steps)
+            calibration = recipe.get("calibration") if calibration is None else calibration
+            then = recipe.get("then") if then is None else then
         self.quant_method = "slim"
         self.steps = as_steps(steps)
         self.calibration = as_calibration(calibration)
         self.save_format = save_format
         self.tokenizer = tokenizer
+        self.then = as_then(then)
         self.stock = None
+        check_order(self.steps, self.then)
 
     @classmethod
     def from_yaml(cls, path: str | Path, **kwargs) -> "SlimConfig":
         """The recipe in a YAML file; keyword arguments override what it says."""
         recipe = read_recipe(path)
-        return cls(recipe["steps"], **({"calibration": recipe.get("calibration")} | kwargs))
+        return cls(recipe["steps"], **({key: recipe.get(key) for key in ("calibration", "then")} | kwargs))
 
     def to_yaml(self, path: str | Path) -> None:
         """Write the recipe as a YAML file that `from_yaml` reads."""
         recipe = {"steps": self.recorded()["steps"], "calibration": self.calibration.to_dict()}
+        if self.then is not None:
+            recipe["then"] = self.then.to_diff_dict()
         Path(path).write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
 
     def with_steps(self, steps) -> "SlimConfig":
         """The same configuration with other steps."""
         config = SlimConfig(
-            steps, calibration=self.calibration, save_format=self.save_format, tokenizer=self.tokenizer
+            steps,
+            calibration=self.calibration,
+            save_format=self.save_format,
+            tokenizer=self.tokenizer,
+            then=self.then,
         )
         config.stock = self.stock
         return config

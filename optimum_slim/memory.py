@@ -1,8 +1,11 @@
 """Keeping the process as small as what it holds."""
 
+import copy
 import ctypes
 import functools
 import sys
+
+from torch import nn
 
 
 @functools.cache
@@ -20,3 +23,12 @@ def release_free_memory() -> None:
     """
     if (trim := _malloc_trim()) is not None:
         trim(0)
+
+
+def shared_copy(model: nn.Module) -> nn.Module:
+    """A copy of the model's modules and config around the same parameter and buffer tensors.
+
+    Modules can be removed, replaced or given new tensors on one side; the other side keeps what it had.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})

@@ -20,9 +20,12 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from .config import SlimConfig, from_stock_bitnet
 from .memory import release_free_memory
 from .methods.bitnet import check_stock_shapes, is_online
+from .methods.depth import Depth
 from .packed import PackedLinear, check_packed, model_bytes
 from .recipe import record, run_steps
 from .step import LinearStep, Step, StepReport, layer_row
+from .surgery import from_checkpoint_names, to_checkpoint_names
+from .walk import decoder_layers
 
 
 class PackOnLoad(ConversionOps):
@@ -57,9 +60,10 @@ class SlimQuantizer(HfQuantizer):
         stock = self.quantization_config.stock
         if stock is not None and is_online(stock):
             self.pre_quantized = False
-        self.on_load: list[Step] = []
+        self.done: list[Step] = []
         self.reports: list[StepReport] = []
-        self.packing: dict[str, int] = {}
+        self.packing: dict[str, tuple[int, str]] = {}
+        self.kept: tuple[int, ...] | None = None
         self.error: Exception | None = None
         self.bytes_before = 0
 
@@ -92,19 +96,43 @@ class SlimQuantizer(HfQuantizer):
         self.bytes_before = model_bytes(model)
         if any(step.needs_data for step in config.steps):
             config.calibration.check()
-        for step in config.steps:
-            if not isinstance(step, LinearStep) or step.needs_data:
+        for number, step in enumerate(config.steps):
+            if self._cuts_on_load(step, config.steps[number + 1 :]):
+                self._cut_on_load(model, step.resolve(model))
+            elif isinstance(step, LinearStep) and not step.needs_data:
+                self._pack_on_load(model, step if config.stock is not None else step.resolve(model))
+            else:
                 step.resolve(model)  # what cannot work is refused before the weights are read
                 break
-            self._pack_on_load(model, step if config.stock is not None else step.resolve(model))
+        if self.kept is not None:
+            self._name_as_in_checkpoint(model)
+
+    def _cuts_on_load(self, step: Step, later) -> bool:
+        """Whether the step drops layers that are known now and that no later step learns from."""
+        calibration = self.quantization_config.calibration
+        learns = any(s.needs_teacher or (s.needs_data and s.calibration(calibration).source == "model") for s in later)
+        return isinstance(step, Depth) and not step.needs_data and not learns
+
+    def _cut_on_load(self, model, step: Depth) -> None:
+        kept = self.kept or tuple(range(len(decoder_layers(model)[1])))
+        self.reports.append(step.apply(model))
+        self.done.append(step)
+        self.kept = tuple(layer for index, layer in enumerate(kept) if index not in step.layers)
+
+    def _name_as_in_checkpoint(self, model) -> None:
+        """Give the kept layers the names they have in the checkpoint, so that the dropped ones are never read."""
+        names = {id(module): name for name, module in model.named_modules()}
+        to_checkpoint_names(model, self.kept)
+        renamed = {names[id(module)]: name for name, module in model.named_modules()}
+        self.packing = {renamed[name]: entry for name, entry in self.packing.items()}
 
     def _pack_on_load(self, model, step: LinearStep) -> None:
         dtypes = {name: linear.weight.dtype for name, linear in step.targets(model).items()}
         step.skeleton(model)
         for name, dtype in dtypes.items():
             model.get_submodule(name).placeholder(dtype)
-            self.packing[name] = len(self.on_load)
-        self.on_load.append(step)
+            self.packing[name] = len(self.done), name
+        self.done.append(step)
         self.reports.append(StepReport(step.to_dict(), 0.0))
 
     def param_needs_quantization(self, model, param_name, **kwargs):
@@ -120,13 +148,13 @@ class SlimQuantizer(HfQuantizer):
         Transformers turns an error raised here into a long load report of its own, so the first error is kept and
         raised, alone and as it was, once the weights are through; the tensors after it pass unpacked as zeros.
         """
-        start, index = time.perf_counter(), self.packing[name]
+        start, (index, final_name) = time.perf_counter(), self.packing[name]
         weight = weight.T if module.transposed else weight
         try:
             if self.error is None:
-                state = self.on_load[index].pack(name, weight)
+                state = self.done[index].pack(final_name, weight)
                 module.load_packed(state)
-                self.reports[index].layers.append(layer_row(name, module, weight))
+                self.reports[index].layers.append(layer_row(final_name, module, weight))
                 release_free_memory()
                 self.reports[index].seconds += time.perf_counter() - start
                 return state
@@ -137,16 +165,21 @@ class SlimQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model, **kwargs):
         if self.error is not None:
             raise self.error
+        if self.kept is not None:
+            from_checkpoint_names(model, self.kept)
         for name, module in model.named_modules():
             if isinstance(module, PackedLinear):
                 _check_loaded(name, module)
         if self.pre_quantized:
             return
         config = self.quantization_config
-        self.packing = {}
+        packed_on_load, self.packing = bool(self.packing), {}
         self.pre_quantized = True
-        recorded, reports = run_steps(model, config.steps[len(self.on_load) :], config)
-        record(model, config.with_steps([*self.on_load, *recorded]), [*self.reports, *reports], self.bytes_before)
+        if not packed_on_load:
+            self.remove_quantization_config(model)
+            _forget_quantization(model)
+        recorded, reports = run_steps(model, config.steps[len(self.done) :], config)
+        record(model, config.with_steps([*self.done, *recorded]), [*self.reports, *reports], self.bytes_before)
 
     def get_state_dict_and_metadata(self, model):
         if self.quantization_config.save_format == "bitnet":
@@ -157,10 +190,15 @@ class SlimQuantizer(HfQuantizer):
         for name, module in list(model.named_modules()):
             if isinstance(module, PackedLinear):
                 model.set_submodule(name, module.to_linear(dtype))
-        for module in model.modules():
-            if hasattr(module, "config"):
-                module.config.__dict__.pop("_is_quantized", None)
+        _forget_quantization(model)
         return model
+
+
+def _forget_quantization(model) -> None:
+    """Take the mark off the configs by which Transformers knows a quantized model."""
+    for module in model.modules():
+        if hasattr(module, "config"):
+            module.config.__dict__.pop("_is_quantized", None)
 
 
 def _with_stock_skips(config: SlimConfig, model) -> Step:

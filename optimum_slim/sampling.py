@@ -62,7 +62,7 @@ def cached_samples(
     """
     settings = {"samples": samples, "length": length, "seed": seed, "temperature": temperature}
     start, banned = _special_tokens(model, tokenizer)
-    key = json.dumps([_fingerprint(model), settings, start, banned])
+    key = json.dumps([fingerprint(model), settings, start, banned])
     path = cache_dir() / "calibration" / f"{hashlib.sha256(key.encode()).hexdigest()[:40]}.safetensors"
     tokens = _read(path, (samples, length), model.get_input_embeddings().weight.shape[0])
     if tokens is None:
@@ -133,7 +133,7 @@ def _special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase |
     return ([bos] if isinstance(bos, int) and 0 <= bos < size else []), sorted(banned) if len(banned) < size else []
 
 
-def _fingerprint(model: PreTrainedModel) -> str:
+def fingerprint(model: PreTrainedModel) -> str:
     """A checksum of the config, and of the name, shape, dtype and some values of every weight."""
     digest = hashlib.sha256()
     config: dict[str, Any] = model.config.to_dict()

@@ -35,6 +35,9 @@ def save(
 ) -> Path:
     """Write model, generation config, tokenizer, model card and report to `out_dir`, all or nothing.
 
+    A model with a PEFT adapter is saved as both: the base model in `out_dir`, the adapter in `out_dir/adapter`. A model
+    without a name (it lost layers in memory) is called after the folder, or `repo_id`, from then on.
+
     Args:
         model: a model of Transformers, slimmed or not.
         out_dir: folder to create; it may exist if it is empty.
@@ -59,8 +62,10 @@ def save(
     partial = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.partial"
     partial.mkdir()
     try:
-        _write(model, partial, tokenizer, report, max_shard_size, repo_id)
+        _write(model, partial, tokenizer, report, max_shard_size, repo_id, str(repo_id or out))
         _take_place(partial, out)
+        model.name_or_path = model.name_or_path or str(repo_id or out)
+        model.config._name_or_path = model.name_or_path
     except (OSError, SafetensorError) as error:
         if getattr(error, "errno", None) != errno.ENOSPC and "No space left" not in str(error):
             raise
@@ -129,8 +134,12 @@ def write_report(model, folder: str | Path, report: Report | None = None, *, rep
     model_card(model, report, repo_id=repo_id).save(Path(folder) / "README.md")
 
 
-def _write(model, folder: Path, tokenizer, report: Report | None, max_shard_size, repo_id: str | None) -> None:
-    model.save_pretrained(folder, **({} if max_shard_size is None else {"max_shard_size": max_shard_size}))
+def _write(model, folder: Path, tokenizer, report: Report | None, max_shard_size, repo_id: str | None, name) -> None:
+    shards = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+    if getattr(model, "_hf_peft_config_loaded", False):
+        _save_with_adapter(model, folder, name, shards)
+    else:
+        model.save_pretrained(folder, **shards)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     report = report or getattr(model, "slim_report", None)
@@ -145,6 +154,28 @@ def _write(model, folder: Path, tokenizer, report: Report | None, max_shard_size
     for file in folder.rglob("*"):
         if file.is_file():
             file.chmod(mode)
+
+
+def _save_with_adapter(model, folder: Path, name: str, shards: dict) -> None:
+    """Save the base model to `folder` and its PEFT adapter, which refers to it as `name`, to `folder/adapter`.
+
+    `save_pretrained` alone would write the adapter and lose a base that exists in memory only.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    wrapped = {key: module for key, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    model._hf_peft_config_loaded = False
+    try:
+        for key, layer in wrapped.items():
+            model.set_submodule(key, layer.get_base_layer())
+        model.save_pretrained(folder, **shards)
+    finally:
+        for key, layer in wrapped.items():
+            model.set_submodule(key, layer)
+        model._hf_peft_config_loaded = True
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = name
+    model.save_pretrained(folder / "adapter")
 
 
 def _take_place(partial: Path, out: Path) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
+from .calibration import Calibration
 from .packed import PackedLinear, linear_weight
 from .walk import decoder_layers, walk
 
@@ -65,24 +66,46 @@ def step_from_dict(data: dict[str, Any] | str) -> "Step":
 
 @dataclass
 class StepReport:
-    """What one step did: its recorded form, the seconds it took, and a row for each layer it changed."""
+    """What one step did: its recorded form (data-dependent choices written out), the seconds it took, a row for each
+    layer it changed or removed, remarks for the reader, and tables of figures worth a picture."""
 
     step: dict[str, Any]
     seconds: float
     layers: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    tables: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step(ABC):
-    """One method with its hyper-parameters. Subclasses are frozen dataclasses decorated with `register`."""
+    """One method with its hyper-parameters. Subclasses are frozen dataclasses decorated with `register`.
+
+    What a step needs may depend on its fields, so these may be properties: `needs_data` (calibration tokens),
+    `needs_teacher` (the model as it was before the recipe). `before_packing` is set by steps that need ordinary
+    weights, `trains` by steps that run long enough to keep a journal.
+    """
 
     name: ClassVar[str]
     paper: ClassVar[str]
     needs_data: ClassVar[bool] = False
+    needs_teacher: ClassVar[bool] = False
+    before_packing: ClassVar[bool] = False
+    trains: ClassVar[bool] = False
 
     @abstractmethod
-    def apply(self, model: nn.Module, tokens: Tensor | None) -> StepReport:
-        """Edit `model` in place. `tokens` is int64 (samples, length), or `None` if the step needs no data."""
+    def apply(self, model: nn.Module, tokens: Tensor | None = None, *, teacher=None, journal=None) -> StepReport:
+        """Edit `model` in place.
+
+        Args:
+            tokens: int64 (samples, length), or `None` if the step needs no data.
+            teacher: the model as it was before the recipe, if the step needs it. It shares its parameter tensors with
+                `model`, so that a step must put new tensors in place of those it changes.
+            journal: a folder for what a killed run goes on from, if the step trains.
+        """
+
+    def calibration(self, recipe: Calibration) -> Calibration:
+        """The data of this step, by default that of the whole recipe."""
+        return recipe
 
     def resolve(self, model: nn.Module) -> "Step":
         """The step with every choice that depends on the model written out, as a saved model records it."""
@@ -90,6 +113,10 @@ class Step(ABC):
 
     def skeleton(self, model: nn.Module) -> None:  # noqa: B027
         """Give a meta `model` the modules that a checkpoint slimmed by this (resolved) step needs."""
+
+    def sketch(self, model: nn.Module) -> None:
+        """Give a meta `model`, with the config of the unslimmed one, the size and shape this step would leave."""
+        self.skeleton(model)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe `{"step": name, **fields}`, tuples as lists."""
@@ -179,7 +206,7 @@ class LinearStep(Step):
         model.set_submodule(name, packed)
         return layer_row(name, packed, dense, gram)
 
-    def apply(self, model: nn.Module, tokens: Tensor | None) -> StepReport:
+    def apply(self, model: nn.Module, tokens: Tensor | None = None, *, teacher=None, journal=None) -> StepReport:
         start, rows = time.perf_counter(), []
         names = list(self.targets(model))
         for name in names:  # before the first layer is changed

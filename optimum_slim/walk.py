@@ -55,7 +55,8 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         )
     count = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
     decoder = model.get_decoder()
-    for child in decoder.children() if decoder is not None else ():
+    inside = [*decoder.children(), *decoder.modules()] if decoder is not None else []
+    for child in inside:
         if isinstance(child, nn.ModuleList) and len(child) == count:
             return next(name for name, module in model.named_modules() if module is child), child
     raise ValueError(
@@ -120,7 +121,7 @@ class Block:
     def _run(self, batch: int) -> Any:
         """Call the layer on one batch, in evaluation mode and without an autograd graph."""
         args, kwargs = self.arguments[batch]
-        with torch.no_grad(), _evaluating(self.layer):
+        with torch.no_grad(), evaluating(self.layer):
             return self.layer(self.inputs[batch].to(_device(self.layer)), *args, **kwargs)
 
     def _groups(self, modules: dict[str, nn.Module]) -> list[list[str]]:
@@ -129,7 +130,7 @@ class Block:
         missing = dict(modules)
         for batch in range(len(self.inputs)):
             seen: list[tuple[str, Tensor]] = []  # keeps the inputs alive, so that an address stands for one tensor
-            with _input_hooks(missing, lambda name, x, seen=seen: seen.append((name, x))):
+            with input_hooks(missing, lambda name, x, seen=seen: seen.append((name, x))):
                 self._run(batch)
             found: dict[tuple, list[str]] = {}
             for name, x in seen:
@@ -154,7 +155,7 @@ class Block:
             if len(groups) == 1:
                 raise _StopForward
 
-        with _input_hooks({name: modules[name] for name in counts}, accumulate):
+        with input_hooks({name: modules[name] for name in counts}, accumulate):
             for batch in range(len(self.inputs)):
                 with suppress(_StopForward):
                     self._run(batch)
@@ -208,7 +209,7 @@ def _capture(model: PreTrainedModel, stack: nn.ModuleList, batches: tuple[Tensor
     device = model.get_input_embeddings().weight.device
     for batch in batches:
         recorded: list[tuple[Tensor, tuple, dict]] = []
-        with torch.no_grad(), _evaluating(decoder), _recording(stack, recorded):
+        with torch.no_grad(), evaluating(decoder), _recording(stack, recorded):
             decoder(input_ids=batch.to(device), use_cache=False)
         if len(recorded) != len(stack) or any(states is not recorded[0][0] for states, _, _ in recorded):
             raise ValueError(
@@ -221,30 +222,44 @@ def _capture(model: PreTrainedModel, stack: nn.ModuleList, batches: tuple[Tensor
 
 
 @contextmanager
-def _recording(stack: nn.ModuleList, recorded: list[tuple[Tensor, tuple, dict]]) -> Iterator[None]:
-    """Replace the forward of every layer by one that records its arguments and returns the hidden states."""
-    returns_tuple: list[bool] = []
+def skipping(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Let decoder layers hand the hidden states through unchanged, as if they were not in the model."""
+    with _handing_through(layers, lambda states, args, kwargs: None):
+        yield
 
-    def record(original: Any, *args: Any, **kwargs: Any) -> Any:
+
+@contextmanager
+def _recording(stack: nn.ModuleList, recorded: list[tuple[Tensor, tuple, dict]]) -> Iterator[None]:
+    """Let every layer record its arguments and hand the hidden states through."""
+    with _handing_through(stack, lambda *arguments: recorded.append(arguments)):
+        yield
+
+
+@contextmanager
+def _handing_through(layers: Iterable[nn.Module], receive: Any) -> Iterator[None]:
+    """Replace the forward of each layer by one that calls `receive` and returns the hidden states."""
+    layers, returns_tuple = list(layers), []
+
+    def forward(original: Any, *args: Any, **kwargs: Any) -> Any:
         if not returns_tuple:
             returns_tuple.append(isinstance(original(*args, **kwargs), tuple))
         if args:
             states, args = args[0], args[1:]
         else:
             states = kwargs.pop("hidden_states")
-        recorded.append((states, args, kwargs))
+        receive(states, args, kwargs)
         return (states,) if returns_tuple[0] else states
 
-    own = [layer.__dict__.get("forward") for layer in stack]
+    own = [layer.__dict__.get("forward") for layer in layers]
     try:
-        for layer in stack:
-            layer.forward = partial(record, layer.forward)
+        for layer in layers:
+            layer.forward = partial(forward, layer.forward)
         yield
     finally:
-        for layer, forward in zip(stack, own, strict=True):
+        for layer, original in zip(layers, own, strict=True):
             layer.__dict__.pop("forward", None)
-            if forward is not None:
-                layer.forward = forward
+            if original is not None:
+                layer.forward = original
 
 
 def _shared(value: Any, kept: list[Tensor], known: dict[int, Tensor]) -> Any:
@@ -265,7 +280,7 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 @contextmanager
-def _input_hooks(modules: dict[str, nn.Module], receive: Any) -> Iterator[None]:
+def input_hooks(modules: dict[str, nn.Module], receive: Any) -> Iterator[None]:
     """Call `receive(name, input)` whenever one of the modules is about to run."""
     handles = []
     try:
@@ -283,7 +298,7 @@ def _hand_over(receive: Any, name: str, module: nn.Module, args: tuple, kwargs: 
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
     """Evaluation mode inside, each submodule's own mode again afterwards."""
     training = [child for child in module.modules() if child.training]
     try:

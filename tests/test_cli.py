@@ -1,6 +1,6 @@
 """The shell: what it prints, what it writes, what it refuses, and what it does not import."""
 
-import importlib.util
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -35,6 +35,21 @@ def source(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "dense"
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def with_words(source, tmp_path_factory):
+    """The tiny model with a tokenizer of three words, and a text in them."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "b": 2}, unk_token="[UNK]"))
+    letters.pre_tokenizer = pre_tokenizers.Whitespace()
+    folder = tmp_path_factory.mktemp("with_words")
+    AutoModelForCausalLM.from_pretrained(source).save_pretrained(folder / "dense")
+    PreTrainedTokenizerFast(tokenizer_object=letters, unk_token="[UNK]").save_pretrained(folder / "dense")
+    (folder / "text.txt").write_text("a b b a " * 50)
+    return folder / "dense", folder / "text.txt"
 
 
 def test_run_writes_a_model_that_loads(source, tmp_path, capsys):
@@ -108,6 +123,8 @@ WRONG = {
     "two sources": ([*STEP, "--calibration", "a", "b"], "--calibration takes one source"),
     "report suffix": ([*STEP, "--report", "r.txt"], "end the name in .json, .csv, .md"),
     "text file": ([*STEP, "--evaluate", "no.txt"], "no such text file: no.txt"),
+    "then": (["--step", "depth", "drop=1", "--then", "load_in_4bits=true"], "load_in_4bits"),
+    "then without value": (["--step", "depth", "drop=1", "--then", "nf4"], "expected name=value, found 'nf4'"),
 }
 
 
@@ -145,6 +162,24 @@ def test_list_names_steps_fields_and_papers(capsys):
     assert "bitnet: " in printed and "pt2llm: " in printed
     assert 'linear_class="bitlinear"' in printed and "group_size=128" in printed
     assert "2402.17764" in printed
+    needs = {part.split(":")[0]: part.split("calibration data: ")[1].split("\n")[0] for part in steps_in(printed)}
+    assert needs == {
+        "bitnet": "not needed",
+        "depth": "depends on the fields",
+        "heal": "needed",
+        "pt2llm": "needed",
+    }
+
+
+def steps_in(printed: str) -> list[str]:
+    """The parts of the list, one for each step: lines that are indented belong to the one before."""
+    parts = []
+    for line in printed.splitlines():
+        if line.startswith(" "):
+            parts[-1] += f"\n{line}"
+        else:
+            parts.append(line)
+    return parts
 
 
 def test_evaluate_prints_and_writes_figures(source, tmp_path, capsys):
@@ -154,17 +189,8 @@ def test_evaluate_prints_and_writes_figures(source, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_run_evaluate_measures_before_and_after_in_processes_of_their_own(source, tmp_path, capsys):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    letters = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "b": 2}, unk_token="[UNK]"))
-    letters.pre_tokenizer = pre_tokenizers.Whitespace()
-    folder = tmp_path / "dense"
-    AutoModelForCausalLM.from_pretrained(source).save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=letters, unk_token="[UNK]").save_pretrained(folder)
-    text = tmp_path / "text.txt"
-    text.write_text("a b b a " * 50)
+def test_run_evaluate_measures_before_and_after_in_processes_of_their_own(with_words, tmp_path, capsys):
+    folder, text = with_words
     out = tmp_path / "slim"
     assert main(["run", str(folder), str(out), *STEP, "--evaluate", str(text), "--window", "64"]) == 0
     report = json.loads((out / "slim_report.json").read_text())
@@ -176,16 +202,107 @@ def test_run_evaluate_measures_before_and_after_in_processes_of_their_own(source
     assert "perplexity (window 64)" in capsys.readouterr().out
 
 
+CALIBRATION = ["--calibration", "model", "samples=4", "length=16"]
+
+
+def test_inspect_draws_and_saves(with_words, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    (model, text), out = with_words, tmp_path / "pictures"
+    words = ["--text", str(text), "--window", "64", "--max-windows", "2", "--drop", "1", "--metric", "deepest"]
+    assert main(["inspect", str(model), "--out", str(out), *CALIBRATION, *words]) == 0
+    printed = capsys.readouterr().out
+    assert f"saved to {out}" in printed and "| 1 | 0 |" in printed
+    assert {file.name for file in out.iterdir()} == {
+        "angular_distance.png",
+        "perplexity.png",
+        "inspection.json",
+        "inspection.md",
+    }
+    data = json.loads((out / "inspection.json").read_text())
+    assert data["model"] == "dense" and data["metric"] == "deepest"
+    assert data["tokens"] == "4 samples of 16 tokens of the model's own text"
+    assert data["text"] == "2 windows of 64 tokens of text.txt"
+    (row,) = data["curve"]
+    assert (row["dropped"], row["layers"], row["perplexity_healed"]) == (1, [0], None)
+    assert main(["inspect", str(model), "--out", str(out), *CALIBRATION]) == 2
+    assert "exists and is not empty" in capsys.readouterr().err
+    assert main(["inspect", str(model), "--out", str(out), *CALIBRATION, "--overwrite"]) == 0
+    assert "only the heat map was made" in capsys.readouterr().out
+    assert not (out / "perplexity.png").exists()
+
+
+@pytest.mark.slow
+def test_inspect_heals(with_words, tmp_path):
+    pytest.importorskip("matplotlib")
+    model, text = with_words
+    words = ["--text", str(text), "--drop", "1", "--heal", "method=norms", "steps=10", "samples=6", "batch_size=2"]
+    assert main(["inspect", str(model), "--out", str(tmp_path / "pictures"), *CALIBRATION, *words]) == 0
+    data = json.loads((tmp_path / "pictures" / "inspection.json").read_text())
+    assert data["curve"][0]["perplexity_healed"] != data["curve"][0]["perplexity"]
+    assert data["heal"]["steps"] == 10
+
+
+WRONG_INSPECTION = {
+    "heal without text": (["--heal"], "--heal is shown by the perplexity"),
+    "heal field": (["--text", "TEXT", "--heal", "rang=4"], "has no field 'rang'. Did you mean 'rank'?"),
+    "text file": (["--text", "no.txt"], "--text: no such text file: no.txt"),
+    "drop": (["--text", "TEXT", "--drop", "2"], "cannot drop [2] of the 2 layers"),
+    "metric": (["--text", "TEXT", "--metric", "depth"], "metric must be one of"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_INSPECTION)
+def test_wrong_inspection_is_one_line_and_writes_nothing(with_words, tmp_path, capsys, name):
+    pytest.importorskip("matplotlib")
+    words, message = WRONG_INSPECTION[name]
+    model, text = with_words
+    words = [str(text) if word == "TEXT" else word for word in words]
+    assert main(["inspect", str(model), "--out", str(tmp_path / "pictures"), *CALIBRATION, "--drop", "1", *words]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and message in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_inspect_without_matplotlib_says_how_to_get_it(source, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main(["inspect", str(source), "--out", str(tmp_path / "pictures")]) == 2
+    assert 'pip install "optimum-slim[plot]"' in capsys.readouterr().err
+
+
+def test_then_quantizes_what_the_steps_left(source, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    out = tmp_path / "slim"
+    words = ["--step", "depth", "layers=[0]", "--then", "load_in_4bit=true", "bnb_4bit_quant_type=nf4"]
+    assert main(["run", str(source), str(out), *words]) == 0
+    saved = json.loads((out / "config.json").read_text())
+    assert saved["num_hidden_layers"] == 1
+    assert saved["quantization_config"]["quant_method"] == "bitsandbytes"
+    assert saved["quantization_config"]["bnb_4bit_quant_type"] == "nf4"
+
+
+def test_then_on_the_command_line_replaces_that_of_the_recipe(source, tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    steps = [{"step": "depth", "drop": 1, "metric": "deepest"}]
+    recipe.write_text(yaml.safe_dump({"steps": steps, "then": {"load_in_8bit": True}}))
+    words = ["run", str(source), str(tmp_path / "slim"), "--recipe", str(recipe), "--dry-run"]
+    assert main(words) == 0
+    assert "bitsandbytes int8, 8." in capsys.readouterr().out
+    assert main([*words, "--then", "load_in_4bit=true"]) == 0
+    assert "bitsandbytes fp4, 4." in capsys.readouterr().out
+
+
 def run(code: str, *words: str, **options) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, **options)
 
 
 def test_python_dash_m():
     done = subprocess.run([sys.executable, "-m", "optimum_slim", "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and "{run,evaluate,list}" in done.stdout
+    assert done.returncode == 0 and "{run,inspect,evaluate,list}" in done.stdout
 
 
-needs_optimum = pytest.mark.skipif(importlib.util.find_spec("optimum") is None, reason="optimum is not installed")
+needs_optimum = pytest.mark.skipif(
+    not any(importlib.metadata.distributions(name="optimum")), reason="optimum is not installed"
+)
 OPTIMUM_CLI = """
 import sys
 sys.argv = ["optimum-cli", *sys.argv[1:]]

@@ -85,7 +85,7 @@ def test_transformers_out_of_range_is_refused(version):
 
 
 def test_importing_does_not_import_what_is_optional():
-    heavy = "{'peft', 'optimum', 'datasets', 'lm_eval', 'optimum_slim._kernels.triton'}"
+    heavy = "{'peft', 'bitsandbytes', 'matplotlib', 'optimum', 'datasets', 'lm_eval', 'optimum_slim._kernels.triton'}"
     code = f"import sys, optimum_slim; print(sorted({heavy} & set(sys.modules)))"
     done = run("-c", code)
     assert done.stdout.strip() == "[]", done.stderr
@@ -95,7 +95,7 @@ def test_recipes_in_examples_load():
     from optimum_slim import SlimConfig
 
     names = {path.name: [step.name for step in SlimConfig.from_yaml(path).steps] for path in RECIPES}
-    assert names == {"bitnet.yaml": ["bitnet"], "ternary.yaml": ["pt2llm"]}
+    assert names == {"bitnet.yaml": ["bitnet"], "shallow.yaml": ["depth", "heal"], "ternary.yaml": ["pt2llm"]}
 
 
 RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))

@@ -168,7 +168,7 @@ def test_a_step_that_packs_nothing_leaves_a_plain_model(dense_folder, tmp_path, 
     @register("halve", paper="none")
     @dataclass(frozen=True, kw_only=True)
     class Halve(Step):
-        def apply(self, model, tokens):
+        def apply(self, model, tokens=None, *, teacher=None, journal=None):
             model.lm_head.weight.mul_(0.5)
             return StepReport(self.to_dict(), 0.0)
 

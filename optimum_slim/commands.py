@@ -1,0 +1,206 @@
+"""What the commands of the shell do; their words are in cli.py, which loads without torch."""
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import yaml
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from .config import SlimConfig, as_calibration
+from .evaluate import evaluate, tokenize
+from .figures import check_matplotlib
+from .inspection import inspect
+from .loading import load_model, load_tokenizer
+from .plan import plan
+from .recipe import slim
+from .report import Report
+from .saving import check_target, save, write_report
+from .step import STEPS, step_from_dict
+
+
+def run_command(args: argparse.Namespace) -> None:
+    """Slim MODEL and save it to OUT, or print the plan of it."""
+    config = _config(args)
+    if args.dry_run:
+        return _dry_run(args, config)
+    check_target(args.out, overwrite=args.overwrite)
+    if args.report and Path(args.report).suffix.lower() not in (".json", ".csv", ".md"):
+        raise ValueError(f"A report cannot be written to {args.report!r}: end the name in .json, .csv, .md.")
+    if args.evaluate and not Path(args.evaluate).is_file():
+        raise FileNotFoundError(f"--evaluate: no such text file: {args.evaluate}")
+    evaluation = {"before": _evaluate_apart(args, args.model, args.gguf_file)} if args.evaluate else {}
+    config.tokenizer = tokenizer = load_tokenizer(args.model, **_loaded_as(args))
+    if tokenizer is None:
+        print(f"{args.model} holds no tokenizer; none is used or saved", file=sys.stderr)
+    model = _slimmed(args, config)
+    report = model.slim_report
+    out = save(model, args.out, tokenizer=tokenizer, overwrite=args.overwrite)
+    if args.evaluate:
+        report.evaluation = evaluation | {"after": _evaluate_apart(args, out, None)}
+        write_report(model, out)
+    report.show()
+    if args.report:
+        report.save(args.report)
+    print(f"saved to {out}")
+
+
+def inspect_command(args: argparse.Namespace) -> None:
+    """Draw which layers of MODEL do little, and the perplexity without them."""
+    check_matplotlib()
+    check_target(args.out, overwrite=args.overwrite)
+    if args.text and not Path(args.text).is_file():
+        raise FileNotFoundError(f"--text: no such text file: {args.text}")
+    if args.heal is not None and not args.text:
+        raise ValueError("--heal is shown by the perplexity, which needs a text; add --text FILE")
+    heal = None if args.heal is None else step_from_dict({"step": "heal", **_fields(args.heal)})
+    calibration = as_calibration(_calibration(args.calibration) if args.calibration else None)
+    calibration.check()
+    tokenizer = load_tokenizer(args.model, **_loaded_as(args))
+    model = load_model(args.model, dtype=args.dtype, **_loaded_as(args)).eval()
+    tokens = calibration.tokens(model, tokenizer)
+    source = "the model's own text" if calibration.source == "model" else Path(str(calibration.source)).name
+    inspection = inspect(
+        model,
+        tokens,
+        drops=args.drop,
+        metric=args.metric,
+        heal=heal,
+        heal_tokens=heal.calibration(calibration).tokens(model, tokenizer) if heal else None,
+        text_ids=tokenize(args.text, tokenizer) if args.text else None,
+        window=args.window,
+        max_windows=args.max_windows,
+        tokens_from=source,
+        text_from=Path(args.text).name if args.text else "",
+    )
+    out = inspection.save(args.out, overwrite=args.overwrite)
+    print(inspection.to_markdown())
+    if not args.text:
+        print("only the heat map was made: the curve of perplexity against layers dropped needs --text FILE")
+    print(f"saved to {out}")
+
+
+def evaluate_command(args: argparse.Namespace) -> None:
+    """Measure MODEL and print the figures."""
+    tokenizer = load_tokenizer(args.model, **_loaded_as(args))
+    model = load_model(args.model, dtype=args.dtype, **_loaded_as(args)).eval()
+    path = Path(args.model) if Path(args.model).is_dir() else None
+    if path and args.gguf_file:
+        path = path / args.gguf_file
+    result = evaluate(
+        model,
+        tokenizer,
+        args.text,
+        window=args.window,
+        max_windows=args.max_windows,
+        path=path,
+        lm_eval_tasks=args.tasks,
+    )
+    if args.json:
+        Path(args.json).write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
+    under = f"{result.dtype} on {result.device}, {result.threads} threads, batch 1"
+    notes = [under, f"peak memory: {result.peak_memory_of}"]
+    Report(model=args.model, evaluation={"after": result}, notes=notes).show()
+
+
+def list_command(args: argparse.Namespace) -> None:
+    """Print every registered step."""
+    needed = {True: "needed", False: "not needed"}
+    for name, step in sorted(STEPS.items()):
+        print(f"{name}: {step.__doc__.strip().splitlines()[0]}")
+        print(f"  paper: {step.paper}")
+        print(f"  calibration data: {needed.get(step.needs_data, 'depends on the fields')}")
+        for field in dataclasses.fields(step):
+            default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+            print(f"  {field.name}={json.dumps(default)}")
+
+
+def _config(args: argparse.Namespace) -> SlimConfig:
+    overrides = {"calibration": _calibration(args.calibration)} if args.calibration else {}
+    overrides |= {"then": _fields(args.then)} if args.then else {}
+    if args.recipe:
+        return SlimConfig.from_yaml(args.recipe, **overrides)
+    return SlimConfig([{"step": name, **_fields(pairs)} for name, *pairs in args.step], **overrides)
+
+
+def _calibration(items: list[str]) -> dict:
+    sources = [item for item in items if "=" not in item or Path(item).is_file()]
+    if len(sources) > 1:
+        raise ValueError(f"--calibration takes one source, found {sources}; write its fields as name=value")
+    fields = _fields([item for item in items if item not in sources])
+    return ({"source": sources[0]} if sources else {}) | fields
+
+
+def _fields(pairs: list[str]) -> dict:
+    for pair in pairs:
+        if "=" not in pair:
+            raise ValueError(f"expected name=value, found {pair!r}")
+    try:
+        return {name: yaml.safe_load(value) for name, _, value in (pair.partition("=") for pair in pairs)}
+    except yaml.YAMLError as error:
+        raise ValueError(f"a value in {pairs} is not a YAML scalar or list: {error}") from error
+
+
+def _dry_run(args: argparse.Namespace, config: SlimConfig) -> None:
+    model_config = _model_config(args)
+    dtype = model_config.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
+    notes = (
+        [] if dtype else ["config.json names no dtype; dense weights are counted at 16 bits, pass --dtype if not so"]
+    )
+    dtype = dtype or torch.bfloat16
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            model_config, dtype=dtype, trust_remote_code=args.trust_remote_code or None
+        )
+    model.tie_weights()
+    laid_out = plan(model, config)
+    laid_out.notes += notes
+    laid_out.show()
+
+
+def _model_config(args: argparse.Namespace) -> PreTrainedConfig:
+    extra = {"gguf_file": args.gguf_file} if args.gguf_file else {}
+    config = AutoConfig.from_pretrained(args.model, trust_remote_code=args.trust_remote_code or None, **extra)
+    quantization = getattr(config, "quantization_config", None) or {}
+    quantization = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    if quantization.get("quant_method") == "slim":
+        raise ValueError(f"{args.model} is a slimmed model already; start from the dense model it was made from")
+    return config
+
+
+def _slimmed(args: argparse.Namespace, config: SlimConfig):
+    if args.gguf_file:
+        model = load_model(args.model, dtype=args.dtype, **_loaded_as(args))
+        slim(model, config.steps, data=config.calibration, tokenizer=config.tokenizer, then=config.then)
+        return model
+    _model_config(args)
+    return AutoModelForCausalLM.from_pretrained(
+        args.model, quantization_config=config, dtype=args.dtype, trust_remote_code=args.trust_remote_code or None
+    )
+
+
+def _loaded_as(args: argparse.Namespace) -> dict:
+    return {"gguf_file": args.gguf_file, "trust_remote_code": args.trust_remote_code}
+
+
+def _evaluate_apart(args: argparse.Namespace, model, gguf_file: str | None) -> dict:
+    """Evaluate in a process of its own, so that its peak memory holds one model only."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "evaluation.json"
+        command = [sys.executable, "-m", "optimum_slim", "evaluate", str(model), "--text", args.evaluate]
+        command += ["--json", str(file), "--dtype", args.dtype, "--window", str(args.window)]
+        command += ["--max-windows", str(args.max_windows)] if args.max_windows else []
+        command += ["--gguf-file", gguf_file] if gguf_file else []
+        command += ["--trust-remote-code"] if args.trust_remote_code else []
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise ValueError(f"evaluating {model} failed; its messages are above")
+        return json.loads(file.read_text(encoding="utf-8"))
+
+
+COMMANDS = {"run": run_command, "inspect": inspect_command, "evaluate": evaluate_command, "list": list_command}

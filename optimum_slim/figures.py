@@ -1,0 +1,149 @@
+"""The pictures of an inspection. Matplotlib is imported when one is drawn, and no global state of it is touched."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from .inspection import Inspection
+
+
+COLOURS = ("#0072B2", "#D55E00", "#595959")  # blue and vermilion of the Okabe-Ito set, grey
+INSTALL = 'drawing needs matplotlib, which is missing. Install it with: pip install "optimum-slim[plot]"'
+
+
+def check_matplotlib() -> None:
+    """Raise an `ImportError` with the line that installs matplotlib, if it is missing."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise ImportError(INSTALL) from error
+
+
+def draw_distances(inspection: Inspection, file: str | Path) -> None:
+    """The heat map of the paper's Figure 4: block size against first layer, each row rescaled to span [0, 1].
+
+    A bar chart beside it tells the distances that the rescaling hides: the least of each row.
+    """
+    import numpy as np
+
+    layers = len(inspection.distances)
+    picture = np.full((layers - 1, layers), np.nan)
+    for n, row in enumerate(inspection.distances[:-1], start=1):
+        low, span = min(row), max(row) - min(row)
+        picture[n - 1, : len(row)] = [(value - low) / span if span else 0.0 for value in row]
+    size = min(max(4.0, 2.0 + 0.17 * layers), 9.0)
+    figure = _figure(size + 2.6, size)
+    map_axes, bar_axes = figure.subplots(1, 2, sharey=True, width_ratios=[size - 1, 1.7])
+    image = map_axes.imshow(
+        picture,
+        cmap="viridis_r",
+        vmin=0,
+        vmax=1,
+        origin="lower",
+        aspect="auto",
+        interpolation="nearest",
+        extent=(-0.5, layers - 0.5, 0.5, layers - 0.5),
+    )
+    numbers = range(1, layers)
+    marker = min(max(240 / layers, 4), 7)
+    (mark,) = map_axes.plot(
+        inspection.best,
+        numbers,
+        "o",
+        color=COLOURS[1],
+        markersize=marker,
+        markeredgecolor="white",
+        markeredgewidth=0.5,
+        linestyle="none",
+    )
+    map_axes.set_xlabel("first layer of the block, l")
+    map_axes.set_ylabel("block size n (layers)")
+    map_axes.legend(
+        [mark],
+        ["least distance that keeps the last layer, l*(n)"],
+        loc="lower right",
+        bbox_to_anchor=(1, 1),
+        fontsize=8,
+    )
+    _integers(map_axes.xaxis, map_axes.yaxis)
+    bar = figure.colorbar(image, ax=map_axes, location="bottom", fraction=0.05, aspect=40)
+    bar.set_label("angular distance, each row rescaled: 0 = its least, 1 = its greatest", fontsize=9)
+    least = [inspection.distances[n - 1][start] for n, start in zip(numbers, inspection.best, strict=True)]
+    bar_axes.barh(numbers, least, height=0.8, color=COLOURS[0])
+    bar_axes.set_xlabel("distance\nat l*(n)")
+    bar_axes.set_xlim(left=0)
+    bar_axes.grid(axis="x", alpha=0.3)
+    figure.suptitle(f"{inspection.model}: angular distance of blocks of layers\n{inspection.tokens}", fontsize=11)
+    figure.savefig(file)
+
+
+def draw_perplexity(inspection: Inspection, file: str | Path) -> None:
+    """Perplexity, on a logarithmic axis, against the number of layers dropped, and the dense model as a line."""
+    figure = _figure(7.0, 4.6)
+    axes = figure.subplots()
+    rows = sorted(inspection.curve, key=lambda row: row["dropped"])
+    dropped = [row["dropped"] for row in rows]
+    dense = inspection.dense_perplexity
+    axes.axhline(dense, color=COLOURS[2], linestyle="--", label=f"dense ({dense:.4g})")
+    curves = [("perplexity", "dropped, not healed", "o-", COLOURS[1])]
+    if any(row["perplexity_healed"] is not None for row in rows):
+        curves.append(("perplexity_healed", "dropped and healed", "s-", COLOURS[0]))
+    for key, label, style, colour in curves:
+        values = [row[key] if row[key] is not None and math.isfinite(row[key]) else math.nan for row in rows]
+        axes.plot(dropped, values, style, color=colour, label=label)
+        for x, y in zip(dropped, values, strict=True):
+            if math.isfinite(y):
+                below = key == "perplexity_healed"
+                axes.annotate(
+                    _short(y),
+                    (x, y),
+                    xytext=(0, -13 if below else 7),
+                    textcoords="offset points",
+                    ha="center",
+                    fontsize=8,
+                    color=colour,
+                )
+    axes.set_yscale("log")
+    _plain_numbers(axes.yaxis)
+    axes.margins(x=0.08, y=0.15)
+    axes.set_xlabel("layers dropped")
+    axes.set_ylabel("perplexity (log scale)")
+    axes.grid(which="both", alpha=0.3)
+    axes.legend()
+    _integers(axes.xaxis)
+    axes.set_title(
+        f"{inspection.model}: layers chosen by the metric {inspection.metric}\n{inspection.text}", fontsize=11
+    )
+    figure.savefig(file)
+
+
+def _plain_numbers(axis) -> None:
+    """132 beside a logarithmic axis, where the default is 1.32 x 10^2."""
+    from matplotlib.ticker import LogFormatter
+
+    axis.set_major_formatter(LogFormatter())
+    axis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+
+
+def _figure(width: float, height: float):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _integers(*axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    for axis in axes:
+        axis.set_major_locator(MaxNLocator(integer=True))

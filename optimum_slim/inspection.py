@@ -1,0 +1,225 @@
+"""Look before you cut: which layers of a model do little, and what dropping them costs.
+
+Two pictures of "The Unreasonable Ineffectiveness of the Deeper Layers" (arXiv 2403.17887), for any model:
+
+* its Figure 4: the angular distance between what enters layer l and what enters layer l + n, for every block of n
+  layers. Where it is small the block hardly turns the residual stream, and may go.
+* perplexity against the number of layers dropped, with and without healing.
+
+    inspection = inspect(model, tokens, text_ids=tokenize("wiki.test.raw", tokenizer))
+    inspection.save("pictures")
+
+The model is never changed: layers are dropped from a copy of its structure that shares all its weights.
+"""
+
+import json
+import math
+import shutil
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .distance import angular_distances, last_token_states
+from .evaluate import perplexity
+from .figures import check_matplotlib, draw_distances, draw_perplexity
+from .memory import shared_copy
+from .methods.depth import Depth, greedy_order
+from .saving import check_target
+from .step import Step
+from .walk import decoder_layers, evaluating
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `inspect` found.
+
+    Args:
+        model: name of the model.
+        tokens: what the distances were measured on, in words.
+        distances: row n - 1 holds d(l, n) for blocks of n layers starting at l = 0 ... L - n, in [0, 1].
+        best: for n = 1 ... L - 1, the start of the block of least distance that keeps the last layer.
+        metric: by which the layers of the curve were chosen.
+        dense_perplexity: of the whole model; `None` without a text.
+        curve: rows of `dropped`, `layers`, `perplexity`, `perplexity_healed` (`None` without healing).
+        text: what the perplexity was measured on, in words.
+        heal: the healing step as recorded, if there was one.
+    """
+
+    model: str
+    tokens: str
+    distances: tuple[tuple[float, ...], ...]
+    best: tuple[int, ...]
+    metric: str
+    dense_perplexity: float | None = None
+    curve: tuple[dict[str, Any], ...] = ()
+    text: str = ""
+    heal: dict[str, Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON types."""
+        return json.loads(json.dumps(asdict(self)))
+
+    def to_markdown(self) -> str:
+        """The figures as tables, beside the pictures that `save` draws."""
+        lines = [f"# {self.model}", "", f"Angular distance on {self.tokens}.", "", "![](angular_distance.png)", ""]
+        lines += ["| block size n | best start l | layers | distance |", "|---|---|---|---|"]
+        for n, start in enumerate(self.best, start=1):
+            layers = f"{start}" if n == 1 else f"{start} to {start + n - 1}"
+            lines.append(f"| {n} | {start} | {layers} | {self.distances[n - 1][start]:.4f} |")
+        if self.dense_perplexity is None:
+            return "\n".join(lines) + "\n"
+        lines += ["", f"Perplexity on {self.text}; layers chosen by `{self.metric}`.", "", "![](perplexity.png)", ""]
+        lines += ["| layers dropped | which | perplexity | healed |", "|---|---|---|---|"]
+        lines.append(f"| 0 | | {self.dense_perplexity:.4g} | |")
+        for row in self.curve:
+            healed = "" if row["perplexity_healed"] is None else f"{row['perplexity_healed']:.4g}"
+            layers = ", ".join(map(str, row["layers"]))
+            lines.append(f"| {row['dropped']} | {layers} | {row['perplexity']:.4g} | {healed} |")
+        if self.heal is not None:
+            lines += ["", f"Healed by `{json.dumps(self.heal)}`."]
+        return "\n".join(lines) + "\n"
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
+        """Write the pictures, `inspection.json` and `inspection.md` to a folder, all or nothing.
+
+        `angular_distance.png` is always drawn, `perplexity.png` if there was a text.
+
+        Raises:
+            FileExistsError: the folder has something in it and `overwrite` is not set.
+            ImportError: matplotlib is missing.
+        """
+        check_matplotlib()
+        out = check_target(folder, overwrite=overwrite)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.partial"
+        partial.mkdir()
+        try:
+            draw_distances(self, partial / "angular_distance.png")
+            if self.dense_perplexity is not None:
+                draw_perplexity(self, partial / "perplexity.png")
+            data = json.dumps(self.to_dict(), indent=2) + "\n"
+            (partial / "inspection.json").write_text(data, encoding="utf-8")
+            (partial / "inspection.md").write_text(self.to_markdown(), encoding="utf-8")
+            if out.exists():
+                shutil.rmtree(out)
+            partial.rename(out)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        return out
+
+
+def inspect(
+    model,
+    tokens: Tensor,
+    *,
+    drops: Sequence[int] = (1, 2, 3, 5, 8),
+    metric: str = "angular",
+    heal: Step | None = None,
+    text_ids: Tensor | None = None,
+    window: int = 1024,
+    max_windows: int | None = None,
+    heal_tokens: Tensor | None = None,
+    tokens_from: str = "",
+    text_from: str = "",
+) -> Inspection:
+    """Measure the angular distances of `model`, and the perplexity it has without some of its layers.
+
+    Args:
+        model: a causal language model of Transformers; its weights, modules and mode are as before in the end.
+        tokens: int64 (samples, length), what the distances are measured on.
+        drops: numbers of layers to drop, for the curve; used only with `text_ids`.
+        metric: by which those layers are chosen; see `Depth`.
+        heal: a `Heal` step, to measure each cut again once healed, on `heal_tokens` or else on `tokens`.
+        text_ids: int64 (tokens,), the text of the perplexity; `None` measures distances only.
+        window, max_windows: of the perplexity; a window is at most as long as the text and the model's own limit.
+        tokens_from, text_from: where tokens and text come from, for titles.
+
+    Raises:
+        ValueError: more layers to drop than the model can lose, healing without a text, or tokens that are not a
+            matrix.
+    """
+    count = len(decoder_layers(model)[1])
+    wrong = [n for n in drops if not 1 <= n < count]
+    if text_ids is not None and wrong:
+        raise ValueError(f"cannot drop {wrong} of the {count} layers of this model; drop between 1 and {count - 1}")
+    if text_ids is None and heal is not None:
+        raise ValueError("healing is shown by the perplexity, which needs a text; pass text_ids")
+    found: dict[str, Any] = {}
+    with evaluating(model):
+        distances, best = distance_rows(angular_distances(last_token_states(model, tokens)))
+        if text_ids is not None:
+            limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or window
+            length = min(window, limit, text_ids.numel())
+            windows = min(text_ids.numel() // length, max_windows or text_ids.numel())
+            found["text"] = _from(f"{windows:,} windows of {length:,} tokens", text_from)
+            found["dense_perplexity"] = perplexity(model, text_ids, length, max_windows)
+            heal_tokens = tokens if heal_tokens is None else heal_tokens
+            found["curve"] = tuple(
+                _row(
+                    model, tokens, depth, heal, heal_tokens, lambda cut: perplexity(cut, text_ids, length, max_windows)
+                )
+                for depth in _cuts(model, tokens, drops, metric, best)
+            )
+    return Inspection(
+        model=_name(model),
+        tokens=_from(f"{tokens.shape[0]:,} samples of {tokens.shape[1]:,} tokens", tokens_from),
+        distances=distances,
+        best=best,
+        metric=metric,
+        heal=None if heal is None else heal.to_dict(),
+        **found,
+    )
+
+
+def distance_rows(table: Tensor) -> tuple[tuple[tuple[float, ...], ...], tuple[int, ...]]:
+    """`distances` and `best` of an `Inspection` from a table of `angular_distances`, fp32 (L + 1, L + 1)."""
+    distances = tuple(tuple(table.diagonal(n).tolist()) for n in range(1, len(table)))
+    return distances, tuple(_least(row[:-1]) for row in distances[:-1])
+
+
+def _cuts(model, tokens: Tensor, drops: Sequence[int], metric: str, best: Sequence[int]) -> list[Depth]:
+    """The step for each number of layers, with the layers written out where what is known already tells them."""
+    if metric == "angular":
+        return [Depth(layers=tuple(range(best[n - 1], best[n - 1] + n))) for n in drops]
+    if metric == "perplexity":  # greedy: fewer layers are the first of more
+        order, _ = greedy_order(model, tokens, max(drops), range(len(best) + 1))
+        return [Depth(layers=tuple(order[:n])) for n in drops]
+    return [Depth(drop=n, metric=metric) for n in drops]
+
+
+def _row(
+    model, tokens: Tensor, depth: Depth, heal: Step | None, heal_tokens: Tensor, measure: Callable
+) -> dict[str, Any]:
+    """One row of the curve: a copy of `model` without some of its layers, measured, healed, and measured again."""
+    cut = shared_copy(model)
+    asked = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        with torch.no_grad():
+            layers = depth.resolve(cut).apply(cut, tokens).step["layers"]
+            row = {"dropped": len(layers), "layers": layers, "perplexity": measure(cut), "perplexity_healed": None}
+            if heal is not None:
+                heal.resolve(cut).apply(cut, heal_tokens, teacher=model)
+                row["perplexity_healed"] = measure(cut)
+    finally:
+        for parameter, gradient in asked.items():  # a step may freeze tensors that the copy shares with `model`
+            parameter.requires_grad_(gradient)
+    return row
+
+
+def _least(row: Sequence[float]) -> int:
+    """Index of the least finite number, the first of equal ones."""
+    return min(range(len(row)), key=lambda index: row[index] if math.isfinite(row[index]) else math.inf)
+
+
+def _from(what: str, source: str) -> str:
+    return f"{what} of {source}" if source else what
+
+
+def _name(model: nn.Module) -> str:
+    name = getattr(model, "name_or_path", "") or type(model).__name__
+    return Path(name).name if Path(name).is_absolute() or Path(name).is_dir() else name

@@ -1,0 +1,283 @@
+"""The loop inside `fit`: the state of one training run and what happens at each step of it.
+
+The samples of every step are settled beforehand (`batches.py`), so the state that a journal must keep is small: the
+step, the trained parameters and their best values, the optimizer, the schedule, the random states of every process
+(for dropout) and the history.
+"""
+
+import dataclasses
+import math
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LambdaLR
+from tqdm.auto import tqdm
+
+from .batches import draw
+from .journal import Journal
+from .undisturbed import get_random_states, set_random_states
+
+
+Loss = Callable[[nn.Module, Tensor], Tensor]
+PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class FitReport:
+    """What a training run did.
+
+    Args:
+        steps: optimizer steps run, fewer than asked for if patience ended.
+        best_step: the step whose parameters the model ended with; 0 stands for those it came with.
+        tokens: tokens trained on, repeats counted.
+        seconds: wall-clock time, that of earlier, killed runs up to their last journal entry included.
+        resumed_from: the step at which the journal was taken up, or `None`.
+        held_out_before, held_out_after: loss on the held-out samples before training and of the parameters the model
+            ended with; `None` without held-out samples.
+        history: one row per evaluation: `step`, `loss` (mean training loss since the row before), `held_out`,
+            `learning_rate` (of the last step).
+    """
+
+    steps: int = 0
+    best_step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    resumed_from: int | None = None
+    held_out_before: float | None = None
+    held_out_after: float | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+def warmup_cosine(step: int, warmup: int, steps: int) -> float:
+    """Share of the peak learning rate at a step: Transformers' `get_cosine_schedule_with_warmup`.
+
+    Written out here because Transformers' module of schedules imports the optional packages peft and bitsandbytes.
+    """
+    if step < warmup:
+        return step / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+class Loop:
+    """One call of `fit`.
+
+    Args:
+        model: on `device`.
+        parameters: those to train, by name.
+        tokens: int64 (samples, length), on the CPU.
+        loss: as for `fit`.
+        settings: the keyword arguments of `fit`, with `micro_batch_size` a number.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: dict[str, nn.Parameter],
+        tokens: Tensor,
+        loss: Loss,
+        settings: dict[str, Any],
+        accelerator: Accelerator,
+        device: torch.device,
+        journal: Journal | None,
+    ):
+        self.bare, self.parameters, self.tokens, self.loss = model, parameters, tokens, loss
+        self.settings, self.accelerator, self.device, self.journal = settings, accelerator, device, journal
+        self.dtype = PRECISIONS[accelerator.mixed_precision]
+        self.rank, self.processes = accelerator.process_index, accelerator.num_processes
+        steps, batch_size, micro = settings["steps"], settings["batch_size"], settings["micro_batch_size"]
+        self.held, order = draw(len(tokens), settings["held_out"], steps, batch_size, settings["seed"])
+        self.order = order.view(steps, -1, self.processes, micro)[:, :, self.rank]  # (steps, micro-batches, micro)
+
+        self.report, self.finished, self.start = FitReport(), False, time.perf_counter()
+        self.step = 0
+        self.stale = 0  # evaluations since the best one
+        self.best: dict[str, Tensor] | None = None
+        self.losses: list[float] = []  # since the last row of the history
+
+    def run(self) -> FitReport:
+        """Train from the journal's entry or from the start; see `fit`."""
+        self._prepare()
+        try:
+            if not self._resume():
+                self._evaluate()
+            if not self.finished:
+                self._train()
+        except FloatingPointError:
+            self._restore(self.best)
+            if self.journal is not None and self.accelerator.is_main_process:
+                self.journal.remove()
+            raise
+        return self.report
+
+    def _prepare(self) -> None:
+        """Seeds, the model wrapped for data parallelism, the optimizer and its schedule."""
+        s = self.settings
+        random.seed(s["seed"] + self.rank)
+        torch.manual_seed(s["seed"] + self.rank)
+        self.model = self.bare
+        if self.processes > 1:
+            index = None if self.device.type == "cpu" else [self.device.index]
+            self.model = DistributedDataParallel(self.bare, device_ids=index)
+        decayed = [p for p in self.parameters.values() if p.dim() > 1]
+        others = [p for p in self.parameters.values() if p.dim() <= 1]
+        groups = [{"params": decayed, "weight_decay": s["weight_decay"]}, {"params": others, "weight_decay": 0.0}]
+        self.adamw = torch.optim.AdamW([group for group in groups if group["params"]], lr=s["learning_rate"])
+        warmup = min(s["warmup_steps"], s["steps"] // 5)
+        self.schedule = LambdaLR(self.adamw, partial(warmup_cosine, warmup=warmup, steps=s["steps"]))
+        self.optimizer = self.accelerator.prepare_optimizer(self.adamw, device_placement=False)
+
+    def _train(self) -> None:
+        s, quiet = self.settings, None if self.accelerator.is_main_process else True
+        self.bare.train()
+        with tqdm(total=s["steps"], initial=self.step, desc=s["description"], unit="step", disable=quiet) as progress:
+            while self.step < s["steps"] and not self._out_of_patience():
+                rate = self.schedule.get_last_lr()[0]
+                mean = self._optimizer_step(self.order[self.step])
+                self.losses.append(mean)
+                self.step += 1
+                if self.step % s["evaluate_every"] == 0 or self.step == s["steps"]:
+                    self._evaluate(rate)
+                figures = {"loss": mean, "held_out": self.report.history[-1]["held_out"], "learning_rate": rate}
+                progress.set_postfix({key: f"{value:.4g}" for key, value in figures.items() if value is not None})
+                progress.update()
+                if self.step % s["journal_every"] == 0 and self.step < s["steps"]:
+                    self._write()
+        self._restore(self.best)
+        if self.best is None:
+            self.report.best_step = self.step
+        self.finished = True
+        self._write()
+
+    def _optimizer_step(self, micro_batches: Tensor) -> float:
+        """One step on samples (micro-batches, micro); returns the mean loss over all processes."""
+        accelerator, total = self.accelerator, 0.0
+        for rows in micro_batches:
+            with accelerator.accumulate(self.model):
+                value = self._loss(self.model, rows)
+                accelerator.backward(value)
+            total = total + value.detach()
+        mean = self._sum(float(total)) / (len(micro_batches) * self.processes)
+        self._check_finite(mean, "training loss", self.step + 1)
+        limit = self.settings["max_grad_norm"]
+        norm = accelerator.clip_grad_norm_(self.parameters.values(), math.inf if limit is None else limit)
+        if accelerator.scaler is None:  # a gradient scaler skips such steps on its own
+            self._check_finite(float(norm), "norm of the gradient", self.step + 1)
+        self.optimizer.step()
+        if not self.optimizer.step_was_skipped:
+            self.schedule.step()
+        self.optimizer.zero_grad()
+        return mean
+
+    def _loss(self, model: nn.Module, rows: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None):
+            return self.loss(model, self.tokens[rows].to(self.device))
+
+    def _check_finite(self, value: float, what: str, step: int) -> None:
+        if math.isfinite(value):
+            return
+        if step == 0:
+            raise FloatingPointError(
+                f"the {what} is {value} before training: the model is damaged, which training cannot mend"
+            )
+        rate = self.settings["learning_rate"]
+        raise FloatingPointError(
+            f"the {what} is {value} at step {step} of {self.settings['steps']}; lower learning_rate (now {rate:g})"
+        )
+
+    @torch.no_grad()
+    def _evaluate(self, rate: float = 0.0) -> None:
+        """Add a row to the history, and keep the parameters if they are the best so far."""
+        report, held_out = self.report, None
+        if len(self.held):
+            self.bare.eval()
+            mine = self.held[self.rank :: self.processes].split(self.settings["micro_batch_size"])
+            total = sum(float(self._loss(self.bare, rows)) * len(rows) for rows in mine)
+            held_out = self._sum(total) / len(self.held)
+            self.bare.train()
+            self._check_finite(held_out, "held-out loss", self.step)
+            if self.step == 0:
+                report.held_out_before = held_out
+            self.stale += 1
+            if report.held_out_after is None or held_out < report.held_out_after:
+                report.held_out_after, report.best_step, self.stale = held_out, self.step, 0
+                self.best = self._copy()
+        mean = sum(self.losses) / len(self.losses) if self.losses else None
+        report.history.append({"step": self.step, "loss": mean, "held_out": held_out, "learning_rate": rate})
+        self.losses = []
+
+    def _out_of_patience(self) -> bool:
+        patience = self.settings["patience"]
+        return patience is not None and self.stale >= patience
+
+    def _sum(self, value: float) -> float:
+        """The sum over all processes."""
+        if self.processes == 1:
+            return value
+        return float(self.accelerator.reduce(torch.tensor(value, device=self.device, dtype=torch.float64)))
+
+    def _copy(self) -> dict[str, Tensor]:
+        return {name: p.detach().to("cpu", copy=True) for name, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def _restore(self, values: dict[str, Tensor] | None) -> None:
+        for name, value in (values or {}).items():
+            self.parameters[name].copy_(value)
+
+    def _write(self) -> None:
+        """Bring the report up to date, and put everything needed to go on into the journal."""
+        now = time.perf_counter()
+        self.report.seconds += now - self.start
+        self.start, self.report.steps = now, self.step
+        self.report.tokens = self.step * self.settings["batch_size"] * self.tokens.shape[1]
+        if self.journal is None:
+            return
+        states = gather_object([get_random_states(self.device)])
+        if self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler
+            entry = {
+                "finished": self.finished,
+                "step": self.step,
+                "stale": self.stale,
+                "losses": self.losses,
+                "report": dataclasses.asdict(self.report),
+                "parameters": self._copy(),
+            }
+            state = {
+                "best": self.best,
+                "optimizer": self.adamw.state_dict(),
+                "schedule": self.schedule.state_dict(),
+                "scaler": None if scaler is None else scaler.state_dict(),
+                "random": states,
+            }
+            self.journal.write(entry if self.finished else entry | state)
+        self.accelerator.wait_for_everyone()
+
+    def _resume(self) -> bool:
+        """Take up the journal's entry, if there is one."""
+        if self.journal is None:
+            return False
+        with self.accelerator.main_process_first():
+            entry = self.journal.read()
+        if entry is None:
+            return False
+        for name in ("finished", "step", "stale", "losses"):
+            setattr(self, name, entry[name])
+        self.report = FitReport(**entry["report"] | {"resumed_from": self.step})
+        self._restore(entry["parameters"])
+        if not self.finished:
+            self.best = entry["best"]
+            self.adamw.load_state_dict(entry["optimizer"])
+            self.schedule.load_state_dict(entry["schedule"])
+            if self.accelerator.scaler is not None:
+                self.accelerator.scaler.load_state_dict(entry["scaler"])
+            set_random_states(entry["random"][self.rank], self.device)
+        return True

@@ -1,0 +1,232 @@
+"""Losses for `fit`: predict the next token, or match a teacher.
+
+`fit` takes any callable `loss(model, input_ids)` that returns a scalar. Two are here:
+
+- `next_token_loss`: cross-entropy of each token but the first, given those before it.
+- `Distillation`: the student imitates a teacher, usually the model it was cut from. With p and q the teacher's and
+  the student's distributions over the vocabulary, both from logits divided by the temperature T,
+
+      loss = kl_weight * T² * KL(p || q) + (1 - kl_weight) * next-token + hidden_weight * hidden
+
+  as in Hinton et al. (https://arxiv.org/abs/1503.02531). The hidden term is the idea in a footnote of Gromov et al.
+  (https://arxiv.org/abs/2403.17887): where layers were removed, the student's residual stream should equal the
+  teacher's behind those layers. Here it is relative and counted per token, mean over tokens of
+  ||teacher - student||² / ||teacher||², so that it has no unit, weighs the same in every model, and is not ruled by
+  the few tokens (the first above all) whose activations are a thousand times larger than the others'.
+
+Logits are the largest tensors of a training step: 2048 tokens times a vocabulary of 256k in fp32 is 2 GB, and plain
+PyTorch holds several such tensors for log-softmax, its gradient and the copies in fp32. `token_loss` holds one: it
+computes loss and gradient together for a few rows at a time in fp32 and keeps the gradient in the logits' own dtype.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .walk import decoder_layers, evaluating
+
+
+ROWS = 128  # rows of logits turned into fp32 together
+
+
+def next_token_loss(model: nn.Module, input_ids: Tensor) -> Tensor:
+    """Mean negative log-likelihood of each token given the tokens before it.
+
+    Args:
+        model: a causal language model; it may be wrapped by PEFT or DDP.
+        input_ids: int64 (batch, length), without padding, on the model's device.
+
+    Returns:
+        fp32 scalar, in nats, a mean over batch * (length - 1) predictions.
+    """
+    return token_loss(model(input_ids=input_ids, use_cache=False).logits, input_ids)
+
+
+@dataclass(frozen=True, eq=False)
+class Distillation:
+    """A loss that makes a student imitate `teacher`; call it as `loss(student, input_ids)` or hand it to `fit`.
+
+    The teacher runs in evaluation mode without gradients, and its modes and flags are afterwards as they were. It may
+    share parameters with the student as long as they are not trained.
+
+    Args:
+        teacher (`PreTrainedModel`): a causal language model with the student's vocabulary.
+        temperature (`float`): divides both models' logits in the Kullback-Leibler term. Default: 1.
+        kl_weight (`float`): share of that term in [0, 1]; the rest goes to the next-token loss. Default: 1.
+        hidden_weight (`float`): weight of the hidden term. Default: 0, which leaves it out.
+        seams: pairs `(student_layer, teacher_layer)`, 0-based: the outputs of these decoder layers are compared. If
+            teacher layers a to b were removed, the seam is `(a - 1, b)`.
+
+    Raises:
+        ValueError: a weight or temperature out of range, or a hidden term without seams. When called: different
+            vocabularies or hidden sizes, or a seam at a layer that does not exist.
+    """
+
+    teacher: nn.Module
+    temperature: float = 1.0
+    kl_weight: float = 1.0
+    hidden_weight: float = 0.0
+    seams: Sequence[tuple[int, int]] = ()
+
+    def __post_init__(self):
+        object.__setattr__(self, "seams", tuple((int(ours), int(theirs)) for ours, theirs in self.seams))
+        if not self.temperature > 0:
+            raise ValueError(
+                f"temperature must be positive, found {self.temperature}; 1 leaves the logits as they are"
+            )
+        if not 0 <= self.kl_weight <= 1:
+            raise ValueError(f"kl_weight must be between 0 and 1, found {self.kl_weight}")
+        if not self.hidden_weight >= 0:
+            raise ValueError(f"hidden_weight must not be negative, found {self.hidden_weight}; 0 leaves the term out")
+        if self.hidden_weight and not self.seams:
+            raise ValueError("hidden_weight needs seams=[(student_layer, teacher_layer), ...] to compare; found none")
+        if not self.kl_weight and not self.hidden_weight:
+            raise ValueError("kl_weight=0 and hidden_weight=0 leave the teacher no part; use next_token_loss")
+
+    def __call__(self, model: nn.Module, input_ids: Tensor) -> Tensor:
+        """The loss on `input_ids`, int64 (batch, length) on the student's device, as an fp32 scalar."""
+        seams = self.seams if self.hidden_weight else ()
+        device = next(self.teacher.parameters()).device
+        with (
+            torch.no_grad(),
+            evaluating(self.teacher),
+            _outputs(self.teacher, [theirs for _, theirs in seams], "teacher") as taught,
+        ):
+            target = self.teacher(input_ids=input_ids.to(device), use_cache=False).logits
+        with _outputs(model, [ours for ours, _ in seams], "student") as learned:
+            logits = model(input_ids=input_ids, use_cache=False).logits
+        target = target.to(logits.device) if self.kl_weight else None
+        loss = token_loss(logits, input_ids, target, temperature=self.temperature, kl_weight=self.kl_weight)
+        if not seams:
+            return loss
+        distances = [_distance(learned[ours], taught[theirs]).to(loss.device) for ours, theirs in seams]
+        return loss + self.hidden_weight * torch.stack(distances).mean()
+
+
+def token_loss(
+    logits: Tensor,
+    input_ids: Tensor,
+    teacher_logits: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    kl_weight: float = 1.0,
+) -> Tensor:
+    """Next-token loss, or its mixture with the divergence from a teacher, a few rows of logits at a time.
+
+    Computes the gradient along with the value, so the result can be differentiated once.
+
+    Args:
+        logits: (batch, length, vocabulary), any floating dtype.
+        input_ids: int64 (batch, length); token t + 1 is the label of position t, and the last position has none.
+        teacher_logits: like `logits`; `None` gives the plain next-token loss.
+        temperature, kl_weight: as in `Distillation`.
+
+    Returns:
+        fp32 scalar, a mean over batch * (length - 1) positions.
+
+    Raises:
+        ValueError: fewer than two tokens, or teacher logits of another shape.
+    """
+    if input_ids.shape[-1] < 2:
+        raise ValueError(f"predicting the next token needs samples of at least 2 tokens, found {input_ids.shape[-1]}")
+    if teacher_logits is None:
+        kl_weight = 0.0
+    elif teacher_logits.shape != logits.shape:
+        raise ValueError(
+            f"teacher and student give logits of different shapes, {tuple(teacher_logits.shape)} and "
+            f"{tuple(logits.shape)}; distillation needs two models with the same vocabulary"
+        )
+    return _TokenLoss.apply(logits, input_ids.to(logits.device), teacher_logits, temperature, kl_weight)
+
+
+class _TokenLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, input_ids: Tensor, teacher: Tensor | None, temperature, kl_weight) -> Tensor:
+        batch, length, _ = logits.shape
+        gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
+        total = torch.zeros((), dtype=torch.float32, device=logits.device)
+        for sample in range(batch):
+            for first in range(0, length - 1, ROWS):
+                rows = slice(first, min(first + ROWS, length - 1))
+                labels = input_ids[sample, rows.start + 1 : rows.stop + 1]
+                target = None if teacher is None else teacher[sample, rows].float()
+                value, slope = _rows(logits[sample, rows].float(), labels, target, temperature, kl_weight)
+                total += value
+                if gradient is not None:
+                    gradient[sample, rows] = slope.to(gradient.dtype)
+        if gradient is not None:
+            gradient[:, -1] = 0
+        # Kept without the factor 1 / count: in fp16 that would push small entries below the smallest number.
+        ctx.gradient, ctx.count = gradient, batch * (length - 1)
+        return total / ctx.count
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple:
+        gradient, ctx.gradient = ctx.gradient, None
+        if gradient is None:
+            raise RuntimeError("token_loss can be differentiated only once; compute the loss again")
+        return gradient.mul_(upstream / ctx.count), None, None, None, None
+
+
+def _rows(logits: Tensor, labels: Tensor, target: Tensor | None, temperature, kl_weight) -> tuple[Tensor, Tensor]:
+    """Summed loss of fp32 rows (n, vocabulary) and its gradient with respect to them."""
+    value, slope = logits.new_zeros(()), None
+    if kl_weight < 1:
+        log_q = logits.log_softmax(-1)
+        value = value - (1 - kl_weight) * log_q.gather(-1, labels[:, None]).sum()
+        slope = log_q.exp_()
+        slope.scatter_add_(-1, labels[:, None], slope.new_full((len(labels), 1), -1.0)).mul_(1 - kl_weight)
+    if kl_weight > 0:
+        log_p = (target / temperature).log_softmax(-1)
+        log_q = (logits / temperature).log_softmax(-1)
+        p = log_p.exp()
+        value = value + kl_weight * temperature**2 * torch.sum(log_p.sub_(log_q).mul_(p))
+        part = log_q.exp_().sub_(p).mul_(kl_weight * temperature)
+        slope = part if slope is None else slope.add_(part)
+    return value, slope
+
+
+def _distance(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean over tokens of ||teacher - student||² / ||teacher||², of hidden states (batch, length, hidden)."""
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"student and teacher have hidden states of different shapes at a seam, {tuple(student.shape)} and "
+            f"{tuple(teacher.shape)}; set hidden_weight=0 for models of different widths"
+        )
+    teacher = teacher.to(student.device).float()
+    lost, norm = (states.square().sum(-1) for states in (teacher - student.float(), teacher))
+    return (lost / norm.clamp(min=torch.finfo(torch.float32).tiny)).mean()
+
+
+@contextmanager
+def _outputs(model: nn.Module, layers: Sequence[int], whose: str) -> Iterator[dict[int, Tensor]]:
+    """Collect what the given decoder layers of `model` put out while the context lasts."""
+    found: dict[int, Tensor] = {}
+    handles = []
+    try:
+        if layers:
+            _, stack = decoder_layers(unwrapped(model))
+            if wrong := [layer for layer in layers if not 0 <= layer < len(stack)]:
+                raise ValueError(f"seams name {whose} layer {wrong[0]}, but its layers are 0 to {len(stack) - 1}")
+            handles = [stack[layer].register_forward_hook(partial(_keep, found, layer)) for layer in set(layers)]
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _keep(found: dict[int, Tensor], layer: int, module: nn.Module, args: tuple, output: Any) -> None:
+    found[layer] = output[0] if isinstance(output, tuple) else output
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The Transformers model inside DDP and PEFT wrappers."""
+    while isinstance(model, DistributedDataParallel):
+        model = model.module
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -1,0 +1,351 @@
+"""Healing: a short training after pruning, from the unpruned model or from text, by LoRA, QLoRA or in full.
+
+Gromov et al. (arXiv 2403.17887) heal a depth-pruned model with QLoRA: adapters on the feed-forward layers only, rank
+64, alpha = rank, dropout 0.05, learning rate 3e-4 with a cosine and 100 warm-up steps, 5000 steps of 16 sequences,
+next-token loss. Here the default loss is distillation, forward KL from the model as it was before pruning, and the
+default data are samples of that model, so that nothing but the model is needed. `hidden_weight` adds the paper's
+footnote: where layers were removed, the residual stream should be what it was behind them.
+
+The teacher costs no second copy of the weights: it shares every tensor that is not trained with the student, and what
+is trained or merged gets a new tensor. Adapters are merged into the 16-bit weights at the end (for QLoRA as well: its
+4-bit base exists during training only), or stay (`merge=False`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig
+from transformers.pytorch_utils import Conv1D
+
+from ..calibration import Calibration
+from ..losses import Distillation, next_token_loss
+from ..packed import PackedLinear, linear_shape
+from ..step import Step, StepReport, register
+from ..train import FitReport, fit
+from ..walk import decoder_layers
+
+
+METHODS = ("lora", "qlora", "full", "norms")
+LOSSES = ("distill", "next_token")
+NOT_FEED_FORWARD = ("attn", "attention", "router")
+
+
+@register("heal", paper="The Unreasonable Ineffectiveness of the Deeper Layers (arXiv 2403.17887), Section 3 and A.2")
+@dataclass(frozen=True, kw_only=True)
+class Heal(Step):
+    """Train the pruned model for a short time, with LoRA, QLoRA, in full, or its norms only.
+
+    Args:
+        method (`str`): `"lora"`, `"qlora"` (LoRA on a 4-bit base), `"full"` or `"norms"`.
+        loss (`str`): `"distill"`, forward KL from the model as it was before the recipe, or `"next_token"`.
+        rank, alpha, dropout: of the adapters; `alpha` is `rank` by default.
+        target_modules (`str` or `tuple[str]`): what gets adapters: `"ffn"` for the feed-forward layers,
+            `"all-linear"`, or names as PEFT takes them.
+        steps (`int`): optimizer steps.
+        batch_size (`int`): sequences per optimizer step; `micro_batch_size` of them go through the model at once.
+        learning_rate, warmup_steps, weight_decay, max_grad_norm: AdamW under a cosine with linear warm-up, of at most
+            a fifth of the steps.
+        temperature, hidden_weight: of the distillation, see `Distillation`.
+        samples, length (`int`, *optional*): of the training data; by default those of the recipe's calibration.
+        held_out (`float`): share of the samples that is kept apart; the best state on it is what is kept.
+        evaluate_every, patience: steps between evaluations, and how many without progress end the training.
+        activation_checkpointing (`bool`): less memory for more time.
+        merge (`bool`): merge the adapters into the weights, or leave them in the model as a PEFT adapter.
+        quantization (`dict`, *optional*): arguments of the `BitsAndBytesConfig` of `"qlora"`; by default nf4 with
+            double quantization.
+        seed (`int`): of adapters, data order and dropout.
+
+    Raises:
+        `ImportError`: PEFT (or bitsandbytes) is missing.
+        `ValueError`: fields out of range, no layer to adapt, a loss that is not finite.
+    """
+
+    method: str = "lora"
+    loss: str = "distill"
+    rank: int = 64
+    alpha: int | None = None
+    dropout: float = 0.05
+    target_modules: str | tuple[str, ...] = "ffn"
+    steps: int = 100
+    batch_size: int = 16
+    micro_batch_size: int | None = None
+    learning_rate: float = 3e-4
+    warmup_steps: int = 100
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    temperature: float = 1.0
+    hidden_weight: float = 0.0
+    samples: int | None = None
+    length: int | None = None
+    held_out: float = 0.05
+    evaluate_every: int = 50
+    patience: int | None = None
+    activation_checkpointing: bool = False
+    merge: bool = True
+    quantization: dict[str, Any] | None = None
+    seed: int = 0
+
+    needs_data: ClassVar[bool] = True
+    before_packing: ClassVar[bool] = True
+    trains: ClassVar[bool] = True
+
+    def __post_init__(self):
+        for name, values in (("method", METHODS), ("loss", LOSSES)):
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name} must be one of {', '.join(values)}, found {getattr(self, name)!r}")
+        for name in ("rank", "steps", "batch_size"):
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise ValueError(f"{name} must be a positive integer, found {getattr(self, name)!r}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), found {self.dropout!r}")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be positive, found {self.learning_rate!r}")
+        if not self.merge and self.method not in ("lora", "qlora"):
+            raise ValueError(f"method={self.method!r} trains the weights themselves, so there is no adapter to keep")
+        if self.hidden_weight and self.loss != "distill":
+            raise ValueError("hidden_weight compares with the unpruned model; it needs loss='distill'")
+        if self.quantization is not None and self.method != "qlora":
+            raise ValueError(f"quantization is for method='qlora', found method={self.method!r}")
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.loss == "distill"
+
+    def calibration(self, recipe: Calibration) -> Calibration:
+        return recipe.resized(self.samples, self.length)
+
+    def apply(self, model: nn.Module, tokens: Tensor | None = None, *, teacher=None, journal=None) -> StepReport:
+        start = time.perf_counter()
+        flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            torch.manual_seed(self.seed)
+            loss = self._loss(model, teacher)
+            train = self._train_adapters if self.method in ("lora", "qlora") else self._train_weights
+            rows, report = train(model, tokens, loss, journal)
+        if self.merge:
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(flags[name])
+        return StepReport(
+            self.to_dict(), time.perf_counter() - start, rows, [self._note(report)], {"healing": report.history}
+        )
+
+    def _loss(self, model: nn.Module, teacher: nn.Module | None):
+        if self.loss == "next_token":
+            return next_token_loss
+        found = seams(model, teacher) if self.hidden_weight else ()
+        if self.hidden_weight and not found:
+            raise ValueError(
+                "hidden_weight compares what leaves the layers before the removed ones, and there are none; use "
+                "hidden_weight=0"
+            )
+        return Distillation(teacher, self.temperature, hidden_weight=self.hidden_weight, seams=found)
+
+    def _fit(self, model: nn.Module, tokens: Tensor, loss, journal, dtype: torch.dtype) -> FitReport:
+        return fit(
+            model,
+            tokens,
+            loss,
+            steps=self.steps,
+            learning_rate=self.learning_rate,
+            batch_size=self.batch_size,
+            micro_batch_size=self.micro_batch_size,
+            warmup_steps=self.warmup_steps,
+            weight_decay=self.weight_decay,
+            max_grad_norm=self.max_grad_norm,
+            held_out=self.held_out,
+            evaluate_every=self.evaluate_every,
+            patience=self.patience,
+            activation_checkpointing=self.activation_checkpointing,
+            mixed_precision=_precision(dtype, model.device),
+            seed=self.seed,
+            journal=journal,
+            description=f"healing ({self.method}, {self.loss})",
+        )
+
+    def _train_weights(self, model, tokens, loss, journal) -> tuple[list[dict], FitReport]:
+        """Train all weights, or the norms', in fp32 copies that then take the dtype the weights had."""
+        names = [
+            f"{name}.{key}" if name else key
+            for name, module in model.named_modules()
+            for key, _ in module.named_parameters(recurse=False)
+            if self.method == "full" or "norm" in type(module).__name__.lower()
+        ]
+        dtype = model.dtype
+        dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+        model.requires_grad_(False)
+        own_tensors(model, names, dict.fromkeys(names, torch.float32), trained=True)
+        try:
+            report = self._fit(model, tokens, loss, journal, dtype)
+        finally:
+            own_tensors(model, names, dtypes, trained=False)
+        shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+        return [{"name": name, "shape": shapes[name]} for name in names if name in shapes], report
+
+    def _train_adapters(self, model, tokens, loss, journal) -> tuple[list[dict], FitReport]:
+        from ..fourbit import as_4bit, finish
+
+        _require_peft()
+        dtype, targets = model.dtype, self._targets(model)
+        base = contextlib.nullcontext({})
+        if self.method == "qlora":
+            config = self._quantization(dtype)
+            if self.merge:
+                base = as_4bit(model, config)
+            else:
+                finish(model, config)
+                base = _differentiable(model)
+        with base as originals:
+            adapted = add_adapters(model, targets, self)
+            rows = [{"name": name, "shape": list(linear_shape(layer.get_base_layer()))} for name, layer in adapted]
+            report = self._fit(model, tokens, loss, journal, dtype)
+            deltas = {name: layer.get_delta_weight("default") for name, layer in adapted} if self.merge else {}
+            if self.merge:
+                remove_adapters(model, adapted)
+        for name, delta in deltas.items():
+            merge_delta(originals[name] if name in originals else model.get_submodule(name), delta)
+        return rows, report
+
+    def _quantization(self, dtype: torch.dtype) -> BitsAndBytesConfig:
+        if self.quantization is not None:
+            return BitsAndBytesConfig(**self.quantization)
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+
+    def _targets(self, model: nn.Module) -> str | list[str]:
+        if self.target_modules != "ffn":
+            return self.target_modules if isinstance(self.target_modules, str) else list(self.target_modules)
+        names = feed_forward_layers(model)
+        if not names:
+            raise ValueError(
+                f"found no feed-forward layer of nn.Linear in {type(model).__name__} (experts fused into 3-D "
+                "parameters take no LoRA); pass target_modules='all-linear' or names, or method='norms'"
+            )
+        return names
+
+    def _note(self, report: FitReport) -> str:
+        what = f"{self.method} rank {self.rank}" if self.method in ("lora", "qlora") else self.method
+        held = ""
+        if report.held_out_before is not None:
+            held = f", held-out loss {report.held_out_before:.4g} -> {report.held_out_after:.4g}"
+        resumed = f", resumed from step {report.resumed_from}" if report.resumed_from else ""
+        return (
+            f"healed by {what} ({self.loss}): {report.steps} steps, {report.tokens:,} tokens{held} "
+            f"(best at step {report.best_step}){resumed}"
+        )
+
+
+def feed_forward_layers(model: nn.Module) -> list[str]:
+    """Qualified names of the linear layers in decoder layers that belong to neither attention nor a router."""
+    prefix, stack = decoder_layers(model)
+    return [
+        f"{prefix}.{name}"
+        for name, module in stack.named_modules()
+        if (type(module) in (nn.Linear, Conv1D) or isinstance(module, PackedLinear))
+        and not any(part in name.lower() for part in NOT_FEED_FORWARD)
+        and name.rpartition(".")[2] != "gate"
+    ]
+
+
+def seams(student: nn.Module, teacher: nn.Module) -> list[tuple[int, int]]:
+    """Where the student misses layers of the teacher, as pairs of layers whose outputs should agree.
+
+    The student's layers are recognised by the parameter tensors they share with the teacher's. If the teacher's
+    layers a to b are missing, the pair is (the student's layer before them, b).
+    """
+    ours, theirs = decoder_layers(student)[1], decoder_layers(teacher)[1]
+    owner = {id(parameter): index for index, layer in enumerate(theirs) for parameter in layer.parameters()}
+    kept = [next((owner[id(p)] for p in layer.parameters() if id(p) in owner), None) for layer in ours]
+    if None in kept:
+        raise ValueError("hidden_weight cannot tell which layers were removed; put Heal right after Depth")
+    following = pairwise([*kept, len(theirs)])
+    return [(index, after - 1) for index, (layer, after) in enumerate(following) if after != layer + 1]
+
+
+def add_adapters(model: nn.Module, targets: str | list[str], heal: Heal) -> list[tuple[str, nn.Module]]:
+    """Put LoRA layers, with fp32 weights, into `model`; returns them by the name of the layer they wrap."""
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraLayer
+
+    config = LoraConfig(
+        r=heal.rank,
+        lora_alpha=heal.rank if heal.alpha is None else heal.alpha,
+        lora_dropout=heal.dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+    model.add_adapter(config)
+    adapted = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    for _, layer in adapted:
+        for parameter in layer.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    return adapted
+
+
+def remove_adapters(model: nn.Module, adapted: list[tuple[str, nn.Module]]) -> None:
+    """Put the wrapped layers back, without what the adapters learned."""
+    for name, layer in adapted:
+        model.set_submodule(name, layer.get_base_layer())
+    del model.peft_config
+    model._hf_peft_config_loaded = False
+
+
+@torch.no_grad()
+def merge_delta(linear: nn.Module, delta: Tensor) -> None:
+    """Add `delta`, of the weight's shape, in fp32; the weight becomes a new tensor in its old dtype."""
+    weight = linear.weight
+    merged = (weight.float() + delta.to(weight.device).float()).to(weight.dtype)
+    linear.weight = nn.Parameter(merged, weight.requires_grad)
+
+
+@torch.no_grad()
+def own_tensors(model: nn.Module, names: list[str], dtypes: dict[str, torch.dtype], *, trained: bool) -> None:
+    """Give `model` tensors of its own for the named parameters, in the given dtypes; tied ones stay tied."""
+    own: dict[int, nn.Parameter] = {}
+    for name in names:
+        module, _, key = name.rpartition(".")
+        owner = model.get_submodule(module)
+        old = getattr(owner, key)
+        if id(old) not in own:
+            dtype = dtypes.get(name, old.dtype)
+            own[id(old)] = nn.Parameter(old.detach().to(dtype, copy=True), trained)
+        setattr(owner, key, own[id(old)])
+
+
+def _precision(dtype: torch.dtype, device: torch.device) -> str | None:
+    """Mixed precision for a model of this dtype; processors compute in bf16 rather than fp16."""
+    if dtype == torch.float16 and device.type != "cpu":
+        return "fp16"
+    return "bf16" if dtype in (torch.float16, torch.bfloat16) else None
+
+
+@contextlib.contextmanager
+def _differentiable(model: nn.Module) -> Iterator[dict]:
+    """Keep bitsandbytes from repacking its layers on an evaluation, after which they would pass no gradient back."""
+    layers = [module for module in model.modules() if getattr(module, "support_avx512bf16_for_cpu", False)]
+    try:
+        for layer in layers:
+            layer.support_avx512bf16_for_cpu = False
+        yield {}
+    finally:
+        for layer in layers:
+            layer.support_avx512bf16_for_cpu = True
+
+
+def _require_peft() -> None:
+    try:
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"healing with adapters needs PEFT ({error}); pip install optimum-slim[peft]") from error
