@@ -97,8 +97,8 @@ class Bench:
         lines = [
             "# SmolLM2-135M-Instruct with fewer layers: perplexity on the WikiText-2 test text",
             "",
-            f"The first {self.options.windows} windows of 1024 tokens, bf16; made by `python benchmarks/depth_ppl.py`, "
-            "where the rows are explained.",
+            f"The first {self.options.windows} windows of 1024 tokens, bf16; made by "
+            "`python benchmarks/depth_ppl.py`, where the rows are explained.",
             "",
             "| " + " | ".join(FIELDS[:-1]) + " |",
             "|" + " --- |" * (len(FIELDS) - 1),

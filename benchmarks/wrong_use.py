@@ -117,10 +117,8 @@ def mixtral(folder: Path):
 def shared_cache(folder: Path):
     settings = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
     more = {"vocab_size": 64, "vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8, "laurel_rank": 4}
-    config = Gemma3nTextConfig(
-        **settings, **more, num_key_value_heads=1, head_dim=16, num_kv_shared_layers=2, activation_sparsity_pattern=None,
-        layer_types=["sliding_attention", "full_attention"] * 2,
-    )  # fmt: skip
+    more |= {"num_kv_shared_layers": 2, "activation_sparsity_pattern": None, "num_key_value_heads": 1, "head_dim": 16}
+    config = Gemma3nTextConfig(**settings, **more, layer_types=["sliding_attention", "full_attention"] * 2)
     slim(Gemma3nForCausalLM(config), Depth(layers=(1,)))
 
 
@@ -223,12 +221,13 @@ WRONG_USES = [
     WrongUse("truncated file", reload_truncated, ValueError, "truncated or damaged"),
     WrongUse("stock bitnet with group scales", stock_format_with_groups, ValueError, "one scale per matrix"),
     WrongUse("depth without a number", lambda f: SlimConfig("depth"), ValueError, "Depth(drop=4)"),
-    WrongUse("more layers dropped than there are", lambda f: load(dense(f), Depth(drop=2, metric="deepest")), ValueError,
-             "at least one must stay"),
+    WrongUse("more layers dropped than there are", lambda f: load(dense(f), Depth(drop=2, metric="deepest")),
+             ValueError, "at least one must stay"),
     WrongUse("a layer that does not exist", lambda f: load(dense(f), Depth(layers=(7,))), ValueError, "layers 0 to 1"),
     WrongUse("a cut that the config cannot express", shared_cache, ValueError, "num_kv_shared_layers"),
-    WrongUse("a linear patch for the first layers", lambda f: slim(llama(), Depth(layers=(0,), linear_patch=True), IDS),
-             ValueError, "layer 0 has none before it"),
+    WrongUse("a linear patch for the first layers",
+             lambda f: slim(llama(), Depth(layers=(0,), linear_patch=True), IDS), ValueError,
+             "layer 0 has none before it"),
     WrongUse("pruning after packing", lambda f: SlimConfig([BitNet(force=True), Depth(drop=1)]), ValueError,
              "put depth before bitnet"),
     WrongUse("healing before anything was cut", lambda f: slim(llama(), Heal(), IDS), ValueError, "first step"),

@@ -6,6 +6,7 @@ which is the difference between a model that loads and one that stops at a size 
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -43,13 +44,16 @@ where they hold no perplexity, none was measured. The limits, biases and licence
 from hold here as well."""
 
 
-def model_card(model, report: Report | None = None, *, repo_id: str | None = None) -> ModelCard:
+def model_card(
+    model, report: Report | None = None, *, repo_id: str | None = None, pictures: Sequence[str] = ()
+) -> ModelCard:
     """The card of `model`.
 
     Args:
         model: a slimmed model.
         report: figures for the card; by default the report of the run that made the model, if there was one.
         repo_id: name to load the model by in the example; by default a placeholder folder name.
+        pictures: names of image files beside the card, shown under its figures.
 
     Returns:
         A `ModelCard`; `card.save(path)` writes it.
@@ -78,6 +82,7 @@ def model_card(model, report: Report | None = None, *, repo_id: str | None = Non
     ]
     if report is not None:
         parts += ["## Figures", _without_title(report.to_markdown())]
+    parts += [f"![{Path(picture).stem}]({picture})" for picture in pictures]
     parts += ["## Limits", LIMITS]
     header = ModelCardData(**data).to_yaml()
     return ModelCard(f"---\n{header}\n---\n\n" + "\n\n".join(parts) + "\n", ignore_metadata_errors=False)

@@ -104,7 +104,7 @@ def execute(args: argparse.Namespace) -> int:
         from optimum_slim import commands
 
         commands.COMMANDS[args.slim_command](args)
-    except (ValueError, TypeError, ImportError, OSError) as error:
+    except (ValueError, TypeError, ArithmeticError, ImportError, OSError) as error:
         if args.traceback:
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -96,6 +97,20 @@ def angular_distances(states: Tensor) -> Tensor:
             along = torch.linalg.vector_norm(unit + unit[start], dim=1)
             total[start] += torch.atan2(apart, along) * (2 / math.pi)
     return total / len(states)
+
+
+def distance_rows(
+    table: Sequence[Sequence[float]],
+) -> tuple[tuple[tuple[float, ...], ...], tuple[int, ...]]:
+    """A table of `angular_distances` by block size.
+
+    Returns:
+        Row n - 1 holds d(l, n) for l = 0 ... L - n; and for n = 1 ... L - 1 the start of the block of least distance
+        that keeps the last layer, the first of equal ones.
+    """
+    layers = len(table) - 1
+    rows = tuple(tuple(table[start][start + n] for start in range(layers + 1 - n)) for n in range(1, layers + 1))
+    return rows, tuple(min(range(len(row) - 1), key=row.__getitem__) for row in rows[:-1])
 
 
 def block_influence(model: nn.Module, input_ids: Tensor, *, batch_size: int = 8) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .inspection import Inspection
 
+Rows = Sequence[Sequence[float]]
 
 COLOURS = ("#0072B2", "#D55E00", "#595959")  # blue and vermilion of the Okabe-Ito set, grey
 INSTALL = 'drawing needs matplotlib, which is missing. Install it with: pip install "optimum-slim[plot]"'
@@ -23,16 +25,20 @@ def check_matplotlib() -> None:
         raise ImportError(INSTALL) from error
 
 
-def draw_distances(inspection: Inspection, file: str | Path) -> None:
+def draw_distances(distances: Rows, best: Sequence[int], title: str, file: str | Path) -> None:
     """The heat map of the paper's Figure 4: block size against first layer, each row rescaled to span [0, 1].
 
     A bar chart beside it tells the distances that the rescaling hides: the least of each row.
+
+    Args:
+        distances, best: as in an `Inspection`.
+        title: over the picture.
     """
     import numpy as np
 
-    layers = len(inspection.distances)
+    layers = len(distances)
     picture = np.full((layers - 1, layers), np.nan)
-    for n, row in enumerate(inspection.distances[:-1], start=1):
+    for n, row in enumerate(distances[:-1], start=1):
         low, span = min(row), max(row) - min(row)
         picture[n - 1, : len(row)] = [(value - low) / span if span else 0.0 for value in row]
     size = min(max(4.0, 2.0 + 0.17 * layers), 9.0)
@@ -51,7 +57,7 @@ def draw_distances(inspection: Inspection, file: str | Path) -> None:
     numbers = range(1, layers)
     marker = min(max(240 / layers, 4), 7)
     (mark,) = map_axes.plot(
-        inspection.best,
+        best,
         numbers,
         "o",
         color=COLOURS[1],
@@ -72,12 +78,12 @@ def draw_distances(inspection: Inspection, file: str | Path) -> None:
     _integers(map_axes.xaxis, map_axes.yaxis)
     bar = figure.colorbar(image, ax=map_axes, location="bottom", fraction=0.05, aspect=40)
     bar.set_label("angular distance, each row rescaled: 0 = its least, 1 = its greatest", fontsize=9)
-    least = [inspection.distances[n - 1][start] for n, start in zip(numbers, inspection.best, strict=True)]
+    least = [distances[n - 1][start] for n, start in zip(numbers, best, strict=True)]
     bar_axes.barh(numbers, least, height=0.8, color=COLOURS[0])
     bar_axes.set_xlabel("distance\nat l*(n)")
     bar_axes.set_xlim(left=0)
     bar_axes.grid(axis="x", alpha=0.3)
-    figure.suptitle(f"{inspection.model}: angular distance of blocks of layers\n{inspection.tokens}", fontsize=11)
+    figure.suptitle(title, fontsize=11)
     figure.savefig(file)
 
 

@@ -13,7 +13,6 @@ The model is never changed: layers are dropped from a copy of its structure that
 """
 
 import json
-import math
 import shutil
 import uuid
 from collections.abc import Callable, Sequence
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .distance import angular_distances, last_token_states
+from .distance import angular_distances, distance_rows, last_token_states
 from .evaluate import perplexity
 from .figures import check_matplotlib, draw_distances, draw_perplexity
 from .memory import shared_copy
@@ -99,7 +98,8 @@ class Inspection:
         partial = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.partial"
         partial.mkdir()
         try:
-            draw_distances(self, partial / "angular_distance.png")
+            title = f"{self.model}: angular distance of blocks of layers\n{self.tokens}"
+            draw_distances(self.distances, self.best, title, partial / "angular_distance.png")
             if self.dense_perplexity is not None:
                 draw_perplexity(self, partial / "perplexity.png")
             data = json.dumps(self.to_dict(), indent=2) + "\n"
@@ -151,7 +151,7 @@ def inspect(
         raise ValueError("healing is shown by the perplexity, which needs a text; pass text_ids")
     found: dict[str, Any] = {}
     with evaluating(model):
-        distances, best = distance_rows(angular_distances(last_token_states(model, tokens)))
+        distances, best = distance_rows(angular_distances(last_token_states(model, tokens)).tolist())
         if text_ids is not None:
             limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or window
             length = min(window, limit, text_ids.numel())
@@ -174,12 +174,6 @@ def inspect(
         heal=None if heal is None else heal.to_dict(),
         **found,
     )
-
-
-def distance_rows(table: Tensor) -> tuple[tuple[tuple[float, ...], ...], tuple[int, ...]]:
-    """`distances` and `best` of an `Inspection` from a table of `angular_distances`, fp32 (L + 1, L + 1)."""
-    distances = tuple(tuple(table.diagonal(n).tolist()) for n in range(1, len(table)))
-    return distances, tuple(_least(row[:-1]) for row in distances[:-1])
 
 
 def _cuts(model, tokens: Tensor, drops: Sequence[int], metric: str, best: Sequence[int]) -> list[Depth]:
@@ -209,11 +203,6 @@ def _row(
         for parameter, gradient in asked.items():  # a step may freeze tensors that the copy shares with `model`
             parameter.requires_grad_(gradient)
     return row
-
-
-def _least(row: Sequence[float]) -> int:
-    """Index of the least finite number, the first of equal ones."""
-    return min(range(len(row)), key=lambda index: row[index] if math.isfinite(row[index]) else math.inf)
 
 
 def _from(what: str, source: str) -> str:

@@ -5,6 +5,7 @@ files are written to a hidden folder beside the target, which takes the target's
 """
 
 import errno
+import importlib.util
 import shutil
 import tempfile
 import uuid
@@ -15,7 +16,9 @@ from safetensors import SafetensorError
 from torch import nn
 
 from .card import model_card
-from .report import Report, megabytes
+from .distance import distance_rows
+from .figures import draw_distances
+from .report import Report, as_dict, megabytes
 from .stored import stored_bits
 
 
@@ -35,7 +38,7 @@ def save(
 ) -> Path:
     """Write model, generation config, tokenizer, model card and report to `out_dir`, all or nothing.
 
-    A model with a PEFT adapter is saved as both: the base model in `out_dir`, the adapter in `out_dir/adapter`. A model
+    A model with a PEFT adapter is saved as both: the base in `out_dir`, the adapter in `out_dir/adapter`. A model
     without a name (it lost layers in memory) is called after the folder, or `repo_id`, from then on.
 
     Args:
@@ -131,7 +134,19 @@ def write_report(model, folder: str | Path, report: Report | None = None, *, rep
     report = report or getattr(model, "slim_report", None)
     if report is not None:
         report.save(Path(folder) / REPORT_FILE)
-    model_card(model, report, repo_id=repo_id).save(Path(folder) / "README.md")
+    pictures = _draw(report, Path(folder))
+    model_card(model, report, repo_id=repo_id, pictures=pictures).save(Path(folder) / "README.md")
+
+
+def _draw(report: Report | None, folder: Path) -> list[str]:
+    """Draw what the report has a picture for into `folder`, where matplotlib is installed; returns the file names."""
+    tables = [as_dict(step).get("tables", {}) for step in report.steps] if report is not None else []
+    distances = next((table["angular_distance"] for table in tables if "angular_distance" in table), None)
+    if distances is None or importlib.util.find_spec("matplotlib") is None:
+        return []
+    title = f"{report.model or 'model'}: angular distance of blocks of layers"
+    draw_distances(*distance_rows(distances), title, folder / "angular_distance.png")
+    return ["angular_distance.png"]
 
 
 def _write(model, folder: Path, tokenizer, report: Report | None, max_shard_size, repo_id: str | None, name) -> None:

@@ -1,6 +1,7 @@
 """Distances between layer boundaries: the definition, its numerics, padding, and one pass for all blocks."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -101,7 +102,7 @@ def test_a_text_of_padding_only_is_refused():
 def test_block_influence_is_one_minus_the_mean_cosine_over_all_tokens():
     model, ids = tiny_llama(num_hidden_layers=3), token_ids(5, 8)
     states = boundaries(model, ids)
-    expected = [1 - torch.cosine_similarity(a, b, dim=-1).mean() for a, b in zip(states, states[1:], strict=False)]
+    expected = [1 - torch.cosine_similarity(a, b, dim=-1).mean() for a, b in pairwise(states)]
     assert torch.allclose(block_influence(model, ids, batch_size=2), torch.stack(expected), atol=1e-6)
 
 

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from helpers import tiny_llama, token_ids
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from optimum_slim.walk import decoder_layers, walk
+from optimum_slim.walk import decoder_layers, skipping, walk
 
 
 SHAPE = {
@@ -284,3 +285,14 @@ def test_hidden_states_changed_between_layers_are_refused(tokens):
 def test_tokens_must_be_a_matrix():
     with pytest.raises(ValueError, match=r"shape \(samples, length\), got \(4,\)"):
         walk(tiny_model("llama"), torch.arange(4))
+
+
+def test_skipped_layers_hand_the_hidden_states_through_and_come_back():
+    model, ids = tiny_llama(num_hidden_layers=4), token_ids()
+    whole = model(ids).logits
+    with skipping([model.model.layers[1], model.model.layers[2]]):
+        skipped = model(ids, use_cache=False).logits
+    assert torch.equal(model(ids).logits, whole)
+    model.model.layers = torch.nn.ModuleList([model.model.layers[0], model.model.layers[3]])
+    assert torch.equal(model(ids, use_cache=False).logits, skipped)
+    assert not torch.equal(skipped, whole)

@@ -236,3 +236,12 @@ def test_what_does_not_fit_the_model_is_refused_and_nothing_changes(step, says):
 def test_packing_comes_after_cutting():
     with pytest.raises(ValueError, match="put depth before bitnet"):
         SlimConfig([BitNet(force=True), Depth(drop=1)])
+
+
+def test_the_saved_folder_shows_the_heat_map(tmp_path):
+    pytest.importorskip("matplotlib")
+    model = tiny_llama(num_hidden_layers=LAYERS)
+    slim(model, Depth(drop=2), data=token_ids(4))
+    out = save(model, tmp_path / "cut")
+    assert (out / "angular_distance.png").read_bytes().startswith(b"\x89PNG")
+    assert "![angular_distance](angular_distance.png)" in (out / "README.md").read_text()
