@@ -10,7 +10,7 @@ results/depth_ppl.md is made from it and keeps its notes.
     unhealed    n layers dropped by each metric, and by angular distance with a linear patch
     economize   the same by the peer package `economize` (ShortGPT and SLEB) on the same tokens, if it is installed
     healed      n layers dropped by angular distance, then LoRA by next-token loss and by distillation, each with the
-                same steps (--steps of 8 x 512 tokens)
+                same steps (--steps of 4 x 512 tokens)
     speed       decode and prefill of the model with 8 layers less, in turns with the dense one, and bytes of both
 """
 
@@ -54,7 +54,7 @@ class Bench:
         text = options.text.read_text(encoding="utf-8")
         self.ids = torch.tensor(self.tokenizer(text, verbose=False).input_ids)
         self.own = Calibration(samples=options.samples, length=512)
-        self.own = Calibration(source=self.own.tokens(self.load(), self.tokenizer))  # sampling is not part of the time
+        self.own = Calibration(source=self.own.tokens(self.load()))  # sampling is not part of the time
         self.path = options.out / "depth_ppl.csv"
         self.rows = {}
         if self.path.is_file():
@@ -158,8 +158,7 @@ def healed(bench: Bench) -> None:
     options = bench.options
     heal = Heal(
         steps=options.steps,
-        batch_size=8,
-        micro_batch_size=4,
+        batch_size=4,
         learning_rate=options.learning_rate,
         evaluate_every=max(options.steps // 2, 1),
         held_out=0.03,
@@ -214,7 +213,7 @@ def main() -> None:
     parser.add_argument("--heal-drops", nargs="+", type=int, default=[3, 5, 8])
     parser.add_argument("--peer-drops", nargs="+", type=int, default=[3, 5])
     parser.add_argument("--losses", nargs="+", default=["next_token", "distill"])
-    parser.add_argument("--steps", type=int, default=24, help="optimizer steps of 8 x 512 tokens")
+    parser.add_argument("--steps", type=int, default=32, help="optimizer steps of 4 x 512 tokens")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--dropout", type=float, default=0.05)
     parser.add_argument("--windows", type=int, default=16)

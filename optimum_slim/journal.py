@@ -83,9 +83,10 @@ class Journal:
         self.path.unlink(missing_ok=True)
 
 
-def digest(tensors: Iterable[tuple[str, Tensor]], *, values: bool = True) -> str:
-    """SHA-256 of the tensors' names, shapes, dtypes and, unless told otherwise, about `PROBES` values of each."""
-    total = hashlib.sha256()
+def digest(tensors: Iterable[tuple[str, Tensor]], *, values: bool = True, start: bytes = b"") -> str:
+    """SHA-256 of `start` and of the tensors' names, shapes, dtypes and, unless told otherwise, about `PROBES` values
+    of each."""
+    total = hashlib.sha256(start)
     for name, tensor in tensors:
         total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         if values and not tensor.is_meta:

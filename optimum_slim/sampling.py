@@ -26,12 +26,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from optimum_slim.journal import digest
+
 
 logger = logging.getLogger(__name__)
 
 LIKELIEST = 3  # tokens after the first that are not sampled but the most likely ones
 BATCH = 32
-PROBES = 64  # values of each weight, about, that go into the fingerprint
 
 
 def cache_dir() -> Path:
@@ -135,17 +136,11 @@ def _special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase |
 
 def fingerprint(model: PreTrainedModel) -> str:
     """A checksum of the config, and of the name, shape, dtype and some values of every weight."""
-    digest = hashlib.sha256()
     config: dict[str, Any] = model.config.to_dict()
     for volatile in ("_name_or_path", "name_or_path", "transformers_version", "quantization_config"):
         config.pop(volatile, None)
-    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, weight in model.state_dict().items():
-        values = weight.detach().reshape(-1)
-        chosen = torch.arange(0, values.numel(), max(1, values.numel() // PROBES), device=values.device)
-        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        digest.update(values[chosen].cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    start = json.dumps(config, sort_keys=True, default=str).encode()
+    return digest(model.state_dict().items(), start=start)
 
 
 def _read(path: Path, shape: tuple[int, int], vocabulary: int) -> Tensor | None:
