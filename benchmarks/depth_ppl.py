@@ -10,7 +10,7 @@ results/depth_ppl.md is made from it and keeps its notes.
     unhealed    n layers dropped by each metric, and by angular distance with a linear patch
     economize   the same by the peer package `economize` (ShortGPT and SLEB) on the same tokens, if it is installed
     healed      n layers dropped by angular distance, then LoRA by next-token loss and by distillation, each with the
-                same steps (--steps of 4 x 512 tokens)
+                same steps (--steps of 2 x 512 tokens)
     speed       decode and prefill of the model with 8 layers less, in turns with the dense one, and bytes of both
 """
 
@@ -28,8 +28,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_slim import Calibration, Depth, Heal, perplexity, save, slim
+from optimum_slim.distance import angular_distances, block_influence, distance_rows, last_token_states
 from optimum_slim.evaluate import bytes_on_disk, measure_speed
-from optimum_slim.methods.depth import METRICS, greedy_order
+from optimum_slim.methods.depth import greedy_order
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,6 +41,7 @@ import smollm2  # noqa: E402
 DATA = ROOT.parent / "shared" / "data" / "wikitext2"
 PARTS = ("unhealed", "economize", "healed", "speed")
 GREEDY = (8, 256)  # tokens by which perplexity is measured at each of the greedy metric's removals
+PATCH_SAMPLES = 48
 FIELDS = ("row", "dropped", "layers", "perplexity", "gap_closed", "seconds", "tokens", "calibration", "machine")
 NOTES = "## Notes"
 
@@ -86,6 +88,7 @@ class Bench:
         )
 
     def write(self) -> None:
+        self.rows = dict(sorted(self.rows.items(), key=lambda item: (item[0][1], item[0][0])))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, FIELDS, restval="")
@@ -115,22 +118,26 @@ def dropped_layers(model) -> str:
 
 
 def unhealed(bench: Bench) -> None:
+    """The choices for every n come from one pass over the tokens, as they do inside `Depth` for one n."""
     bench.dense()
-    few = bench.own.resized(*GREEDY)
-    start = time.perf_counter()
-    order, _ = greedy_order(bench.load(), few.source, max(bench.options.drops), range(len(bench.load().model.layers)))
-    seconds = time.perf_counter() - start
-    for dropped in bench.options.drops:
-        for metric in METRICS[:3]:
-            model, start = bench.load(), time.perf_counter()
-            slim(model, Depth(drop=dropped, metric=metric), data=bench.own)
-            bench.add(metric, dropped, model, time.perf_counter() - start, layers=dropped_layers(model))
-        model, start = bench.load(), time.perf_counter()
-        slim(model, Depth(drop=dropped, linear_patch=True), data=bench.own)
-        bench.add("angular, linear patch", dropped, model, time.perf_counter() - start, layers=dropped_layers(model))
-        model = bench.load()
-        slim(model, Depth(layers=tuple(sorted(order[:dropped])), metric="perplexity"))
-        bench.add("perplexity", dropped, model, seconds * dropped / len(order), layers=dropped_layers(model))
+    model, few = bench.load(), bench.own.resized(*GREEDY).source
+    total, start = len(model.model.layers), time.perf_counter()
+    _, best = distance_rows(angular_distances(last_token_states(model, bench.own.source)).tolist())
+    influence = block_influence(model, bench.own.source).argsort().tolist()
+    seconds, start = time.perf_counter() - start, time.perf_counter()
+    order = bench.options.order or greedy_order(model, few, max(bench.options.drops), range(total))[0]
+    greedy = time.perf_counter() - start
+    for n in bench.options.drops:
+        block = range(best[n - 1], best[n - 1] + n)
+        rows = {"angular": block, "deepest": range(total - 1 - n, total - 1), "block_influence": influence[:n]}
+        for name, layers in (rows | {"perplexity": order[:n]}).items():
+            cut = bench.load()
+            slim(cut, Depth(layers=tuple(layers)))
+            took = {"deepest": 0.0, "perplexity": greedy}.get(name, seconds / 2)
+            bench.add(name, n, cut, took, layers=dropped_layers(cut))
+        cut, start = bench.load(), time.perf_counter()
+        slim(cut, Depth(layers=tuple(block), linear_patch=True), data=bench.own.resized(PATCH_SAMPLES))
+        bench.add("angular, linear patch", n, cut, time.perf_counter() - start, layers=dropped_layers(cut))
 
 
 def economize(bench: Bench) -> None:
@@ -158,7 +165,7 @@ def healed(bench: Bench) -> None:
     options = bench.options
     heal = Heal(
         steps=options.steps,
-        batch_size=4,
+        batch_size=2,
         learning_rate=options.learning_rate,
         evaluate_every=max(options.steps // 2, 1),
         held_out=0.03,
@@ -210,11 +217,12 @@ def main() -> None:
     parser.add_argument("--on-text", action="store_true", help="heal on --calibration-text instead of own samples")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--drops", nargs="+", type=int, default=[1, 2, 3, 5, 8])
+    parser.add_argument("--order", nargs="+", type=int, help="order of greedy removals found by an earlier run")
     parser.add_argument("--heal-drops", nargs="+", type=int, default=[3, 5, 8])
     parser.add_argument("--peer-drops", nargs="+", type=int, default=[3, 5])
     parser.add_argument("--losses", nargs="+", default=["next_token", "distill"])
-    parser.add_argument("--steps", type=int, default=32, help="optimizer steps of 4 x 512 tokens")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--steps", type=int, default=40, help="optimizer steps of 2 x 512 tokens")
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--dropout", type=float, default=0.05)
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--samples", type=int, default=128)

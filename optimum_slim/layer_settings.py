@@ -95,11 +95,10 @@ def cut_config(config: PreTrainedConfig, drop: Iterable[int]) -> PreTrainedConfi
     overrides = text.to_dict().get("per_layer_config") if getattr(text, "is_heterogeneous", False) else None
     for name, value in vars(text).items():
         vars(text)[name] = _cut_setting(name, value, count, kept)
-    gone = {*(getattr(text_config(config), "layer_types", None) or ())} - {*(getattr(text, "layer_types", None) or ())}
-    if gone and isinstance(
-        vars(text).get("rope_parameters"), dict
-    ):  # one entry per kind of layer, else named otherwise
-        text.rope_parameters = {kind: rope for kind, rope in text.rope_parameters.items() if kind not in gone}
+    before, after = (set(getattr(part, "layer_types", None) or ()) for part in (text_config(config), text))
+    rope = vars(text).get("rope_parameters")
+    if before - after and isinstance(rope, dict):  # one entry per kind of layer, or the settings of all
+        text.rope_parameters = {key: value for key, value in rope.items() if key not in before - after}
     if isinstance(vars(text).get("attention_types"), list):  # GPT-Neo: [[kinds, repeats], ...], from it the list above
         text.attention_types = [[[kind], 1] for kind in text.attention_layers]
     try:

@@ -3,10 +3,14 @@
 Removing the layers between boundaries a and b leaves a gap: the residual stream x_a where the next layer expects x_b.
 Layer a - 1 ends by adding its MLP's output m to the stream. The map T that closes the gap best on calibration tokens,
 
-    min_T  sum |m T - (m + x_b - x_a)|^2 + ridge |T - I|^2,     T = I + (M'M + ridge I)^-1 M'(X_b - X_a),
+    min_T  sum w |m T - (m + x_b - x_a)|^2 + ridge |T - I|^2,     T = I + (M'wM + ridge I)^-1 M'w (X_b - X_a),
 
 multiplies m only, so it merges into the MLP's last linear layer: W <- T' W (and its bias). No training, no new
 parameter. Least squares needs two (hidden, hidden) matrices, summed over the tokens.
+
+A token weighs w = 1 / |x_b|. The attention sink at the start of a text can be a hundred times longer than other
+states, and a removed block may be what makes it so. With equal weights the sink rules the fit, with 1 / |x_b|^2 it is
+lost, and both leave a worse model than no patch: see benchmarks/results/depth_ppl.md.
 """
 
 from __future__ import annotations
@@ -32,8 +36,13 @@ ADDITIVE_WITHIN = {torch.float32: 1e-4, torch.float64: 1e-6}
 
 @dataclass(frozen=True)
 class Patch:
-    """The map for one gap: `name` of the linear layer it merges into, `matrix` T fp32 (hidden, hidden), and the share
-    of the gap's energy that is left, |m T - (m + x_b - x_a)|^2 / |x_b - x_a|^2 on the calibration tokens."""
+    """The map for one gap.
+
+    Args:
+        name: of the linear layer it merges into.
+        matrix: T, fp32 (hidden, hidden).
+        left: share of the gap's energy that is left, of w |m T - (m + x_b - x_a)|^2 in w |x_b - x_a|^2.
+    """
 
     name: str
     matrix: Tensor
@@ -66,10 +75,12 @@ def fit_patches(
             states = boundaries(model, batch)
         for found, name, (start, end) in zip(sums, writers, gaps, strict=True):
             m = written[name].flatten(0, -2).float()
-            gap = (states[end].float() - states[start].float()).flatten(0, -2)
-            found[0] = found[0] + m.T @ m
-            found[1] = found[1] + m.T @ gap
-            found[2] = found[2] + gap.square().sum()
+            after = states[end].flatten(0, -2).float()
+            gap = after - states[start].flatten(0, -2).float()
+            weight = 1 / torch.linalg.vector_norm(after, dim=1, keepdim=True).clamp(min=1e-30)
+            found[0] = found[0] + m.T @ (weight * m)
+            found[1] = found[1] + m.T @ (weight * gap)
+            found[2] = found[2] + (weight * gap.square()).sum()
     return [_solve(name, *found, ridge) for name, found in zip(writers, sums, strict=True)]
 
 

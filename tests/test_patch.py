@@ -27,9 +27,10 @@ def test_the_map_is_the_least_squares_solution_and_merges_exactly(build):
     hook.remove()
     (patch,) = fit_patches(model, ids, [(1, 3)], ridge=0.0, batch_size=5)
     target = seen[0] + states[3] - states[1]
-    expected = torch.linalg.lstsq(seen[0].double(), target.double()).solution
+    root = states[3].norm(dim=1, keepdim=True).rsqrt()  # a token weighs 1 / |x_b|
+    expected = torch.linalg.lstsq((root * seen[0]).double(), (root * target).double()).solution
     assert torch.allclose(patch.matrix.double(), expected, atol=1e-3)
-    left = (seen[0] @ patch.matrix - target).square().sum() / (states[3] - states[1]).square().sum()
+    left = (root * (seen[0] @ patch.matrix - target)).square().sum() / (root * (states[3] - states[1])).square().sum()
     assert patch.left == pytest.approx(left.item(), rel=1e-3) and patch.left < 1
     old = writer.weight
     kept = old.detach().clone()
