@@ -176,11 +176,13 @@ def healed(bench: Bench) -> None:
     for dropped in options.heal_drops:
         for loss in options.losses:
             model, start = bench.load(), time.perf_counter()
-            depth = Depth(layers=tuple(map(int, bench.rows["angular", dropped]["layers"].split())))
+            layers = tuple(map(int, bench.rows["angular", dropped]["layers"].split()))
+            depth = Depth(layers=layers, linear_patch=options.patch)
             step = dataclasses.replace(heal, loss=loss)
             report = slim(model, [depth, step], data=data, tokenizer=bench.tokenizer)
             seconds = time.perf_counter() - start
             name = f"healed, {loss}" + (f", {where}" if options.on_text else "")
+            name += ", linear patch first" if options.patch else ""
             print(report.notes[-1])
             tokens = options.steps * heal.batch_size * 512
             bench.add(name, dropped, model, seconds, layers=dropped_layers(model), tokens=tokens, calibration=where)
@@ -215,6 +217,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, default=DATA / "wiki.test.raw")
     parser.add_argument("--calibration-text", type=Path, default=DATA / "wiki.valid.tokens")
     parser.add_argument("--on-text", action="store_true", help="heal on --calibration-text instead of own samples")
+    parser.add_argument("--patch", action="store_true", help="heal behind a linear patch")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--drops", nargs="+", type=int, default=[1, 2, 3, 5, 8])
     parser.add_argument("--order", nargs="+", type=int, help="order of greedy removals found by an earlier run")
