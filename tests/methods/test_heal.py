@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, G
 
 from optimum_slim import BitNet, Calibration, Depth, Heal, SlimConfig, save, slim
 from optimum_slim.memory import shared_copy
-from optimum_slim.methods.heal import feed_forward_layers, seams
+from optimum_slim.student import feed_forward_layers, seams
 
 
 pytest.importorskip("peft")
