@@ -134,10 +134,12 @@ class Heal(Step):
             torch.manual_seed(self.seed)
             loss = self._loss(model, teacher)
             train = self._train_adapters if self.method in ("lora", "qlora") else self._train_weights
-            rows, report = train(model, tokens, loss, journal)
-        if self.merge:
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(flags[name])
+            try:
+                rows, report = train(model, tokens, loss, journal)
+            finally:
+                if not getattr(model, "_hf_peft_config_loaded", False):
+                    for name, parameter in model.named_parameters():
+                        parameter.requires_grad_(flags[name])
         return StepReport(
             self.to_dict(), time.perf_counter() - start, rows, [self._note(report)], {"healing": report.history}
         )
@@ -210,10 +212,15 @@ class Heal(Step):
         with base as originals:
             adapted = add_adapters(model, targets, rank=self.rank, alpha=self.alpha, dropout=self.dropout)
             rows = [{"name": name, "shape": list(linear_shape(layer.get_base_layer()))} for name, layer in adapted]
-            report = self._fit(model, tokens, loss, journal, dtype)
-            deltas = {name: layer.get_delta_weight("default") for name, layer in adapted} if self.merge else {}
-            if self.merge:
-                remove_adapters(model, adapted)
+            deltas, kept = {}, False
+            try:
+                report = self._fit(model, tokens, loss, journal, dtype)
+                kept = not self.merge
+                if self.merge:
+                    deltas = {name: layer.get_delta_weight("default") for name, layer in adapted}
+            finally:
+                if not kept:
+                    remove_adapters(model, adapted)
         for name, delta in deltas.items():
             merge_delta(originals[name] if name in originals else model.get_submodule(name), delta)
         return rows, report

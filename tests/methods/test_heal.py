@@ -215,6 +215,18 @@ def test_early_stop_and_never_worse_than_before():
     assert torch.equal(logits(model), logits(cut))
 
 
+@pytest.mark.parametrize("merge", [True, False])
+def test_a_loss_that_is_not_finite_leaves_the_model_as_it_was_pruned(merge):
+    cut = tiny_llama(**WIDE)
+    slim(cut, CUT)
+    model = tiny_llama(**WIDE)
+    data = texts(model)
+    with pytest.raises(FloatingPointError, match="learning_rate"):
+        slim(model, [CUT, heal(loss="next_token", learning_rate=1e38, max_grad_norm=1e38, merge=merge)], data=data)
+    assert torch.equal(logits(model), logits(cut)) and not model._hf_peft_config_loaded
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_the_global_random_state_is_left_alone_and_the_seed_decides():
     torch.manual_seed(1)
     expected = torch.rand(3)
