@@ -156,7 +156,7 @@ def as_4bit(
         setattr(model, flag, True)
         yield originals
     finally:
-        _remove_adapters(model)
+        remove_adapters(model)
         restore_linears(model, originals)
         for parameter, dtype, requires_grad in others:
             parameter.data = parameter.data.to(dtype)
@@ -286,7 +286,7 @@ def _warn_about_experts(model: PreTrainedModel) -> None:
         )
 
 
-def _remove_adapters(model: PreTrainedModel) -> None:
+def remove_adapters(model: PreTrainedModel) -> None:
     """Take PEFT layers out of the model without merging them."""
     if not getattr(model, "peft_config", None):
         return

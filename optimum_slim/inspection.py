@@ -28,7 +28,7 @@ from .evaluate import perplexity
 from .figures import check_matplotlib, draw_distances, draw_perplexity
 from .memory import shared_copy
 from .methods.depth import Depth, greedy_order
-from .saving import check_target
+from .saving import check_target, take_place
 from .step import Step
 from .walk import decoder_layers, evaluating
 
@@ -105,9 +105,7 @@ class Inspection:
             data = json.dumps(self.to_dict(), indent=2) + "\n"
             (partial / "inspection.json").write_text(data, encoding="utf-8")
             (partial / "inspection.md").write_text(self.to_markdown(), encoding="utf-8")
-            if out.exists():
-                shutil.rmtree(out)
-            partial.rename(out)
+            take_place(partial, out)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         return out

@@ -66,7 +66,7 @@ def save(
     partial.mkdir()
     try:
         _write(model, partial, tokenizer, report, max_shard_size, repo_id, str(repo_id or out))
-        _take_place(partial, out)
+        take_place(partial, out)
         model.name_or_path = model.name_or_path or str(repo_id or out)
         model.config._name_or_path = model.name_or_path
     except (OSError, SafetensorError) as error:
@@ -193,7 +193,7 @@ def _save_with_adapter(model, folder: Path, name: str, shards: dict) -> None:
     model.save_pretrained(folder / "adapter")
 
 
-def _take_place(partial: Path, out: Path) -> None:
+def take_place(partial: Path, out: Path) -> None:
     """Rename the finished folder; an existing one steps aside first and comes back if the rename fails."""
     if not out.exists():
         partial.rename(out)

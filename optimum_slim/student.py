@@ -76,14 +76,6 @@ def add_adapters(
     return adapted
 
 
-def remove_adapters(model: nn.Module, adapted: list[tuple[str, nn.Module]]) -> None:
-    """Put the wrapped layers back, without what the adapters learned."""
-    for name, layer in adapted:
-        model.set_submodule(name, layer.get_base_layer())
-    del model.peft_config
-    model._hf_peft_config_loaded = False
-
-
 @torch.no_grad()
 def merge_delta(linear: nn.Module, delta: Tensor) -> None:
     """Add `delta`, of the weight's shape, in fp32; the weight becomes a new tensor in its old dtype."""

@@ -32,7 +32,6 @@ from ..student import (
     feed_forward_layers,
     merge_delta,
     own_tensors,
-    remove_adapters,
     require_peft,
     seams,
 )
@@ -197,7 +196,7 @@ class Heal(Step):
         return [{"name": name, "shape": shapes[name]} for name in names if name in shapes], report
 
     def _train_adapters(self, model, tokens, loss, journal) -> tuple[list[dict], FitReport]:
-        from ..fourbit import as_4bit, finish
+        from ..fourbit import as_4bit, finish, remove_adapters
 
         require_peft()
         dtype, targets = model.dtype, self._targets(model)
@@ -220,7 +219,7 @@ class Heal(Step):
                     deltas = {name: layer.get_delta_weight("default") for name, layer in adapted}
             finally:
                 if not kept:
-                    remove_adapters(model, adapted)
+                    remove_adapters(model)
         for name, delta in deltas.items():
             merge_delta(originals[name] if name in originals else model.get_submodule(name), delta)
         return rows, report
