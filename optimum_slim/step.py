@@ -10,6 +10,8 @@ import dataclasses
 import difflib
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from typing import Any, ClassVar
@@ -140,6 +142,9 @@ class LinearStep(Step):
 
     modules_to_not_convert: tuple[str, ...] | None = None
 
+    asymmetric: ClassVar[float] = 0.0
+    sequential: ClassVar[bool] = True
+
     @abstractmethod
     def empty(self, linear: nn.Module) -> PackedLinear:
         """The packed layer for `linear`, on the meta device."""
@@ -187,38 +192,54 @@ class LinearStep(Step):
         for name, linear in self.targets(model).items():
             model.set_submodule(name, self.empty(linear))
 
-    def pack(self, name: str, weight: Tensor, gram: Tensor | None = None) -> dict[str, Tensor]:
-        """`compress` with the checks that concern every method; errors name the layer."""
+    def pack(
+        self, name: str, weight: Tensor, gram: Tensor | None = None, cross: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """`compress` with what concerns every method: checks, asymmetric calibration, errors that name the layer."""
         check_weight(name, weight)
+        weight = weight.detach().float()
         try:
-            return self.compress(weight.detach().float(), gram)
+            if cross is not None:
+                weight = asymmetric_target(weight, gram, cross, self.asymmetric)
+            return self.compress(weight, gram)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
 
-    def replace(self, model: nn.Module, name: str, gram: Tensor | None = None) -> dict[str, Any]:
+    def replace(
+        self, model: nn.Module, name: str, gram: Tensor | None = None, cross: Tensor | None = None
+    ) -> dict[str, Any]:
         """Pack one layer of `model` in place; returns its row for the report."""
         linear = model.get_submodule(name)
         dense = linear_weight(linear).detach()
         packed = self.empty(linear)
-        packed.load_packed(self.pack(name, dense, gram))
+        packed.load_packed(self.pack(name, dense, gram, cross))
         packed.bias = linear.bias
         packed.train(linear.training)
         model.set_submodule(name, packed)
         return layer_row(name, packed, dense, gram)
 
     def apply(self, model: nn.Module, tokens: Tensor | None = None, *, teacher=None, journal=None) -> StepReport:
-        start, rows = time.perf_counter(), []
+        start = time.perf_counter()
         names = list(self.targets(model))
         for name in names:  # before the first layer is changed
             check_weight(name, model.get_submodule(name).weight)
-        if self.needs_data:
-            rows = self._apply_with_data(model, names, tokens)
-        else:
-            for name in tqdm(names, desc=self.name, unit="layer", disable=None):
-                rows.append(self.replace(model, name))
-        return StepReport(self.to_dict(), time.perf_counter() - start, rows)
+        if not self.needs_data:
+            shown = tqdm(names, desc=self.name, unit="layer", disable=None)
+            return StepReport(self.to_dict(), time.perf_counter() - start, [self.replace(model, n) for n in shown])
+        step = self.allocate(model, tokens)
+        rows = [row for rows in step.visit(model, tokens, names) for row in rows]
+        return StepReport(step.to_dict(), time.perf_counter() - start, rows)
 
-    def _apply_with_data(self, model, names, tokens) -> list[dict[str, Any]]:
+    def allocate(self, model: nn.Module, tokens: Tensor, visiting=nullcontext) -> "LinearStep":
+        """The step with what it decides on the data before any layer is packed written out, by default nothing."""
+        return self
+
+    def visit(self, model: nn.Module, tokens: Tensor, names: list[str], visiting=nullcontext) -> Iterator[list[dict]]:
+        """Pack the layers `names` with calibration data, one decoder layer after the other; yields each one's rows.
+
+        Args:
+            visiting: as for `walk`.
+        """
         prefix, layers = decoder_layers(model)
         outside = [name for name in names if not name.startswith(f"{prefix}.")]
         if outside:
@@ -226,15 +247,37 @@ class LinearStep(Step):
                 f"{self.name} calibrates inside decoder layers, but these linear layers lie outside {prefix}: "
                 f"{outside}. Add them to modules_to_not_convert."
             )
-        rows = []
-        for block in tqdm(walk(model, tokens), total=len(layers), desc=self.name, unit="block", disable=None):
+        missed = set(names)
+        blocks = walk(model, tokens, reference=self.asymmetric > 0, visiting=visiting)
+        for block in tqdm(blocks, total=len(layers), desc=self.name, unit="block", disable=None):
             inside = {name: model.get_submodule(name) for name in names if name.startswith(f"{block.name}.")}
-            for group, gram in block.gram_groups(inside):
-                rows += [self.replace(model, name, gram) for name in group]
-        missed = set(names) - {row["name"] for row in rows}
+            rows = [
+                self.replace(model, name, group.gram, group.cross)
+                for group in block.gram_groups(inside, sequential=self.sequential)
+                for name in group.names
+            ]
+            missed -= {row["name"] for row in rows}
+            yield rows
         if missed:
             raise ValueError(f"{self.name} saw no calibration token in {sorted(missed)}; pass more or longer samples")
-        return rows
+
+
+def asymmetric_target(weight: Tensor, gram: Tensor, cross: Tensor, strength: float) -> Tensor:
+    """The weight that, on the inputs there are, comes closest to what the layer does on the inputs there should be.
+
+    The minimum over W' of ||W R - W' X||² is W' = W C H⁻¹ with C = R Xᵀ and H = X Xᵀ; the result is the point
+    `strength` of the way from W to it, H being damped by 1 % of its mean diagonal (GPTAQ, arXiv 2504.02692, whose
+    code moves a quarter of the way).
+
+    Args:
+        weight: (out, in), W.
+        gram, cross: (in, in), the mean of x xᵀ and of r xᵀ.
+    """
+    damped = gram + torch.diag((0.01 * gram.diagonal().mean()).expand(len(gram)))
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    if failed:
+        return weight
+    return weight + strength * torch.cholesky_solve(((cross - gram).T @ weight.T), factor).T
 
 
 def check_weight(name: str, weight: Tensor) -> None:

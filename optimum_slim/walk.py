@@ -5,23 +5,27 @@ those the model really produces, and a later layer should be measured behind the
 is what it will see in use:
 
     for block in walk(model, tokens):
-        for names, gram in block.gram_groups({name: ... the linear layers of block.layer ...}):
-            ... replace these modules; the next group and the next block see the replacements ...
+        for group in block.gram_groups({name: ... the linear layers of block.layer ...}):
+            ... replace the modules group.names; the next group and the next block see the replacements ...
 
 How the inputs are made exact without knowing any architecture: the model's own decoder runs once with every layer
 replaced by a recorder that keeps its arguments and hands the hidden states through. That costs one embedding lookup
 and gives each layer its own masks and rotary embeddings (they differ from layer to layer in Gemma or with sliding
 windows). From there on each layer is called with those arguments and the hidden states of the layer before it.
 
-Memory: the hidden states of all samples, kept on the CPU in the model's dtype, and whatever the consumer keeps.
+With `reference=True` a second stream of hidden states follows, those of the model as it was, so that a layer can be
+fitted to what it should have received (asymmetric calibration, GPTAQ, arXiv 2504.02692).
+
+Memory: the hidden states of all samples, kept on the CPU in the model's dtype (twice with a reference stream), and
+whatever the consumer keeps.
 Nothing is hooked or patched between two steps of the iteration, so stopping early or failing leaves the model as it
 was.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, MutableSequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,6 +33,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from .memory import shared_copy
 
 
 class _StopForward(Exception):
@@ -66,18 +72,34 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 
 @dataclass
+class Group:
+    """Modules with one common input x, and its second moments over the calibration tokens.
+
+    `gram` is the mean of x x^T, fp32 (in, in). `cross` is the mean of r x^T, where r is the input that the unslimmed
+    model has there for the same token; `None` without a reference stream.
+    """
+
+    names: list[str]
+    gram: Tensor
+    cross: Tensor | None = None
+
+
+@dataclass
 class Block:
     """One decoder layer with the inputs it gets from the layers before it; valid until the next block is asked for.
 
     `index` is the layer's position, `name` its qualified name, `inputs` the hidden states entering it, one tensor
-    (batch, length, hidden) per batch.
+    (batch, length, hidden) per batch. With a reference stream, `references` are the hidden states that enter this layer
+    in the unslimmed model, and `original` is the layer there.
     """
 
     index: int
     name: str
     stack: nn.ModuleList
-    inputs: list[Tensor]
+    inputs: MutableSequence[Tensor]
     arguments: list[tuple[tuple, dict]]
+    references: MutableSequence[Tensor] | None = None
+    original: nn.Module | None = None
 
     @property
     def layer(self) -> nn.Module:
@@ -87,12 +109,17 @@ class Block:
     def outputs(self) -> Iterator[Tensor]:
         """Run the layer, as it is now, on one batch after the other: (batch, length, hidden) each, on the CPU."""
         for batch in range(len(self.inputs)):
-            output = self._run(batch)
-            yield (output[0] if isinstance(output, tuple) else output).to("cpu")
+            yield _states(self._run(batch)).to("cpu")
 
-    def gram_groups(
-        self, modules: dict[str, nn.Module], *, sequential: bool = True
-    ) -> Iterator[tuple[list[str], Tensor]]:
+    def advance(self) -> None:
+        """Let the hidden states pass through the layer as it is now, the reference stream through the original."""
+        for batch, output in enumerate(self.outputs()):
+            self.inputs[batch] = output
+        if self.references is not None:
+            for batch in range(len(self.references)):
+                self.references[batch] = _states(self._run(batch, original=True)).to("cpu")
+
+    def gram_groups(self, modules: dict[str, nn.Module], *, sequential: bool = True) -> Iterator[Group]:
         """Measure the second moments of what enters the given modules of this layer.
 
         Modules with one common input (query, key and value; gate and up) form a group and share one matrix. Groups
@@ -103,26 +130,22 @@ class Block:
             sequential: Run the layer again before each group, so that what was replaced earlier in the layer is seen.
                 Otherwise one pass serves all groups and their matrices are held together.
 
-        Returns:
-            Pairs of the group's names and its Gram matrix: fp32 (in, in), the sum over all tokens of x x^T divided by
-            the number of tokens.
-
         Raises:
             ValueError: a module saw no token.
         """
         groups = self._groups(modules)
         if not sequential:
-            yield from zip(groups, self._grams(modules, groups), strict=True)
+            yield from self._measured(modules, groups)
             return
-        for group in groups:
-            (gram,) = self._grams(modules, [group])
-            yield group, gram
+        for names in groups:
+            yield from self._measured(modules, [names])
 
-    def _run(self, batch: int) -> Any:
+    def _run(self, batch: int, *, original: bool = False) -> Any:
         """Call the layer on one batch, in evaluation mode and without an autograd graph."""
         args, kwargs = self.arguments[batch]
-        with torch.no_grad(), evaluating(self.layer):
-            return self.layer(self.inputs[batch].to(_device(self.layer)), *args, **kwargs)
+        layer, states = (self.original, self.references) if original else (self.layer, self.inputs)
+        with torch.no_grad(), evaluating(layer):
+            return layer(states[batch].to(_device(layer)), *args, **kwargs)
 
     def _groups(self, modules: dict[str, nn.Module]) -> list[list[str]]:
         """Names of modules by common input, in the order of their first call."""
@@ -141,27 +164,56 @@ class Block:
                 return groups
         raise self._unseen(missing)
 
-    def _grams(self, modules: dict[str, nn.Module], groups: list[list[str]]) -> list[Tensor]:
-        """One Gram matrix per group, from one pass over the batches; a single group's pass ends at its input."""
-        sums: dict[str, Tensor] = {}
-        counts = {group[0]: 0 for group in groups}
+    def _measured(self, modules: dict[str, nn.Module], groups: list[list[str]]) -> list[Group]:
+        """The groups with their moments, from one pass over the batches; a single group's pass ends at its input."""
+        firsts = [names[0] for names in groups]
+        grams: dict[str, Tensor] = {}
+        crosses: dict[str, Tensor] = {}
+        counts = dict.fromkeys(firsts, 0)
+        expected: dict[str, Tensor] = {}  # the reference inputs of one batch
+
+        def flat(x: Tensor) -> Tensor:
+            return x.reshape(-1, x.shape[-1]).float()
+
+        def remember(name: str, x: Tensor) -> None:
+            expected[name] = flat(x)
+            if len(groups) == 1:
+                raise _StopForward
 
         def accumulate(name: str, x: Tensor) -> None:
-            x = x.reshape(-1, x.shape[-1]).float()
-            if name not in sums:
-                sums[name] = x.new_zeros(x.shape[1], x.shape[1])
-            sums[name].addmm_(x.T, x)
+            x = flat(x)
+            if name not in grams:
+                grams[name] = x.new_zeros(x.shape[1], x.shape[1])
+                if self.references is not None:
+                    crosses[name] = torch.zeros_like(grams[name])
+            grams[name].addmm_(x.T, x)
+            if self.references is not None:
+                crosses[name].addmm_(self._matching(expected.pop(name, None), x).T, x)
             counts[name] += x.shape[0]
             if len(groups) == 1:
                 raise _StopForward
 
-        with input_hooks({name: modules[name] for name in counts}, accumulate):
-            for batch in range(len(self.inputs)):
-                with suppress(_StopForward):
-                    self._run(batch)
+        originals = {}
+        if self.references is not None:
+            originals = {name: self.original.get_submodule(name.removeprefix(f"{self.name}.")) for name in firsts}
+        for batch in range(len(self.inputs)):
+            if self.references is not None:
+                with suppress(_StopForward), input_hooks(originals, remember):
+                    self._run(batch, original=True)
+            with suppress(_StopForward), input_hooks({name: modules[name] for name in firsts}, accumulate):
+                self._run(batch)
         if unseen := [name for name, count in counts.items() if count == 0]:
             raise self._unseen(unseen)
-        return [sums.pop(name).div_(count) for name, count in counts.items()]
+        return [
+            Group(names, grams.pop(name).div_(counts[name]), crosses[name].div_(counts[name]) if crosses else None)
+            for name, names in zip(firsts, groups, strict=True)
+        ]
+
+    def _matching(self, reference: Tensor | None, x: Tensor) -> Tensor:
+        """The reference input of the same tokens, or `x` itself where only some tokens were routed to the module."""
+        counts = {self.inputs[batch].shape[:-1].numel() for batch in (0, len(self.inputs) - 1)}
+        whole = reference is not None and reference.shape == x.shape and x.shape[0] in counts
+        return reference if whole else x
 
     def _unseen(self, names: Iterable[str]) -> ValueError:
         return ValueError(
@@ -170,13 +222,23 @@ class Block:
         )
 
 
-def walk(model: PreTrainedModel, tokens: Tensor, *, batch_size: int = 8) -> Iterator[Block]:
+def walk(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    *,
+    batch_size: int = 8,
+    reference: bool = False,
+    visiting: Callable[[int], AbstractContextManager] = nullcontext,
+) -> Iterator[Block]:
     """Visit the decoder layers in order, each with its real inputs and behind the already edited layers.
 
     Args:
         model: A Transformers decoder model.
         tokens: Token ids, int64 (samples, length).
         batch_size: Samples per forward pass.
+        reference: Follow the hidden states of the unslimmed model as well.
+        visiting: Makes the context in which the layer of this index is visited; it ends once the hidden states have
+            passed through the edited layer.
 
     Returns:
         An iterator of blocks. Edit `block.layer` (or replace it in the stack) before asking for the next block.
@@ -187,18 +249,23 @@ def walk(model: PreTrainedModel, tokens: Tensor, *, batch_size: int = 8) -> Iter
     """
     if tokens.dim() != 2 or tokens.numel() == 0:
         raise ValueError(f"Expected token ids of shape (samples, length), got {tuple(tokens.shape)}.")
+    decoder_layers(model)
+    return _walk(model, tokens.split(batch_size), reference, visiting)
+
+
+def _walk(model, batches, reference: bool, visiting) -> Iterator[Block]:
     name, stack = decoder_layers(model)
-    return _walk(model, name, stack, tokens.split(batch_size))
-
-
-def _walk(model: PreTrainedModel, name: str, stack: nn.ModuleList, batches: tuple[Tensor, ...]) -> Iterator[Block]:
-    hidden, arguments = _capture(model, stack, batches)
+    with visiting(0):
+        hidden, arguments = _capture(model, stack, batches)
+    references = list(hidden) if reference else None
     for index in range(len(stack)):
-        block = Block(index, f"{name}.{index}", stack, hidden, [batch[index] for batch in arguments])
-        yield block
-        if index + 1 < len(stack):
-            for batch, output in enumerate(block.outputs()):
-                hidden[batch] = output
+        with visiting(index):
+            original = shared_copy(stack[index]) if reference else None
+            kept = [batch[index] for batch in arguments]
+            block = Block(index, f"{name}.{index}", stack, hidden, kept, references, original)
+            yield block
+            if index + 1 < len(stack):
+                block.advance()
 
 
 def _capture(model: PreTrainedModel, stack: nn.ModuleList, batches: tuple[Tensor, ...]) -> tuple[list, list]:
@@ -307,6 +374,10 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for child in training:
             child.training = True
+
+
+def _states(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
 
 
 def _device(module: nn.Module) -> torch.device:

@@ -192,7 +192,7 @@ LLAMA_GROUPS = [
 @pytest.mark.parametrize("sequential", [True, False])
 def test_groups_of_llama(sequential, tokens):
     for block in walk(tiny_model("llama"), tokens, batch_size=2):
-        groups = [names for names, _ in block.gram_groups(linears(block.layer), sequential=sequential)]
+        groups = [group.names for group in block.gram_groups(linears(block.layer), sequential=sequential)]
         assert groups == LLAMA_GROUPS
 
 
@@ -222,7 +222,8 @@ def test_gram_equals_brute_force(model_type, dtype, sequential, tokens):
     measured = set()
     for block in walk(model, tokens, batch_size=2):
         modules = {name: module for name, module in block.layer.named_modules() if isinstance(module, kinds)}
-        for names, gram in block.gram_groups(modules, sequential=sequential):
+        for group in block.gram_groups(modules, sequential=sequential):
+            names, gram = group.names, group.gram
             assert gram.dtype == torch.float32
             for name in names:
                 x = torch.cat(inputs[f"{block.index}.{name}"]).double()
@@ -234,8 +235,11 @@ def test_gram_equals_brute_force(model_type, dtype, sequential, tokens):
 def test_sequential_groups_see_modules_replaced_before(tokens):
     model = tiny_model("llama")
     block = next(iter(walk(model, tokens)))
-    dense = dict(zip(map(tuple, LLAMA_GROUPS), (g for _, g in block.gram_groups(linears(block.layer))), strict=True))
-    for names, gram in block.gram_groups(linears(block.layer)):
+    dense = dict(
+        zip(map(tuple, LLAMA_GROUPS), (group.gram for group in block.gram_groups(linears(block.layer))), strict=True)
+    )
+    for group in block.gram_groups(linears(block.layer)):
+        names, gram = group.names, group.gram
         changed = not torch.equal(gram, dense[tuple(names)])
         assert changed == ("self_attn.q_proj" not in names)
         for name in names:
