@@ -51,12 +51,13 @@ from .adapters import merge_and_repack, prepare_for_training  # noqa: E402
 from .calibration import Calibration  # noqa: E402
 from .config import SlimConfig  # noqa: E402
 from .evaluate import evaluate, perplexity  # noqa: E402
-from .methods import PT2LLM, BitNet, Depth, Heal  # noqa: E402
+from .methods import PT2LLM, BitNet, Depth, Heal, Magnitude, SparseGPT, Wanda  # noqa: E402
 from .packed import PackedLinear, TernaryLinear  # noqa: E402
 from .quantizer import SlimQuantizer  # noqa: E402
 from .recipe import slim  # noqa: E402
 from .report import Report  # noqa: E402
 from .saving import push_to_hub, save  # noqa: E402
+from .sparse import SparseLinear  # noqa: E402
 from .step import LinearStep, Step, StepReport, register  # noqa: E402
 
 
@@ -67,13 +68,17 @@ __all__ = [
     "Depth",
     "Heal",
     "LinearStep",
+    "Magnitude",
     "PackedLinear",
     "Report",
     "SlimConfig",
     "SlimQuantizer",
+    "SparseGPT",
+    "SparseLinear",
     "Step",
     "StepReport",
     "TernaryLinear",
+    "Wanda",
     "evaluate",
     "merge_and_repack",
     "perplexity",

@@ -121,7 +121,7 @@ def _repack(name: str, layer: "PackedLoraLinear", step: LinearStep) -> tuple[Pac
         layer.merge(safe_merge=True)
     try:
         linear = layer.base_layer
-        packed = step.empty(linear)
+        packed = step.for_layer(name).empty(linear)
         packed.load_packed(step.pack(name, linear_weight(linear)))
         if linear.bias is not None:
             packed.bias = nn.Parameter(linear.bias.to(layer.packed.bias.dtype), requires_grad=False)

@@ -90,13 +90,16 @@ class PackedLinear(nn.Linear, ABC):
         self.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
 
     def load_packed(self, state: dict[str, Tensor]) -> None:
-        """Take the packed tensors of `state`, checking that they are the ones this layer's layout asks for."""
+        """Take the packed tensors of `state`, in the dtypes of this layer, checking that its layout asks for them."""
         expected = self.packed_tensors()
         if state.keys() != expected.keys():
             raise ValueError(f"packed tensors {sorted(state)} do not fit {self}, which holds {sorted(expected)}")
         for name, (shape, dtype) in expected.items():
             check_packed(name, state[name], shape, dtype)
-            setattr(self, name, nn.Parameter(state[name].contiguous(), requires_grad=False))
+            setattr(self, name, nn.Parameter(state[name].to(dtype).contiguous(), requires_grad=False))
+
+    def validate(self) -> None:  # noqa: B027
+        """Raise a `ValueError` if the packed tensors contradict one another, where shapes and dtypes cannot tell."""
 
     def to_linear(self, dtype: torch.dtype) -> nn.Module:
         """An ordinary `nn.Linear` (or `Conv1D`) with the same weight in `dtype`."""

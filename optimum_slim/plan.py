@@ -132,7 +132,7 @@ def plan(model: nn.Module, config: SlimConfig) -> Plan:
         step = step.resolve(model)
         if isinstance(step, LinearStep):
             for name, linear in step.targets(model).items():
-                packed = step.empty(linear)
+                packed = step.for_layer(name).empty(linear)
                 shape = linear_shape(linear)
                 largest = max(largest, shape[0] * shape[1])
                 result.touched.append((step.name, name, shape, packed.stored_bits() / (shape[0] * shape[1])))

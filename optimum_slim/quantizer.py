@@ -52,7 +52,9 @@ class SlimQuantizer(HfQuantizer):
     is_trainable = True
     is_qat_trainable = False
     is_compileable = True
-    serialized_names = {"weight": ["weight", "weight_scale", "weight_offset"]}  # noqa: RUF012
+    serialized_names = {  # noqa: RUF012
+        "weight": ["weight", "weight_scale", "weight_offset", "weight_values", "weight_rows", "weight_zero"]
+    }
     quantized_element_size = 0.25
 
     def __init__(self, quantization_config: SlimConfig, **kwargs):
@@ -99,7 +101,7 @@ class SlimQuantizer(HfQuantizer):
         for number, step in enumerate(config.steps):
             if self._cuts_on_load(step, config.steps[number + 1 :]):
                 self._cut_on_load(model, step.resolve(model))
-            elif isinstance(step, LinearStep) and not step.needs_data:
+            elif isinstance(step, LinearStep) and not step.needs_data and step.packed:
                 self._pack_on_load(model, step if config.stock is not None else step.resolve(model))
             else:
                 step.resolve(model)  # what cannot work is refused before the weights are read
@@ -133,7 +135,7 @@ class SlimQuantizer(HfQuantizer):
             model.get_submodule(name).placeholder(dtype)
             self.packing[name] = len(self.done), name
         self.done.append(step)
-        self.reports.append(StepReport(step.to_dict(), 0.0))
+        self.reports.append(StepReport(step.to_dict(), 0.0, notes=step.notes()))
 
     def param_needs_quantization(self, model, param_name, **kwargs):
         name, _, leaf = param_name.rpartition(".")
@@ -152,12 +154,11 @@ class SlimQuantizer(HfQuantizer):
         weight = weight.T if module.transposed else weight
         try:
             if self.error is None:
-                state = self.done[index].pack(final_name, weight)
-                module.load_packed(state)
+                module.load_packed(self.done[index].pack(final_name, weight))
                 self.reports[index].layers.append(layer_row(final_name, module, weight))
                 release_free_memory()
                 self.reports[index].seconds += time.perf_counter() - start
-                return state
+                return {key: getattr(module, key).data for key in module.packed_tensors()}
         except (ValueError, TypeError) as error:
             self.error = error
         return {key: torch.zeros(shape, dtype=dtype) for key, (shape, dtype) in module.packed_tensors().items()}
@@ -251,6 +252,11 @@ def _check_loaded(name: str, module: PackedLinear) -> None:
         check_packed(f"{name}.{key}", parameter, shape, dtype)
         if not getattr(parameter, "_is_hf_initialized", False):
             raise ValueError(f"{name}.{key} is missing from the checkpoint")
+    if module.weight.device.type != "meta":
+        try:
+            module.validate()
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
 
 
 def _load_stock_bitnet() -> None:

@@ -22,8 +22,9 @@ from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from .calibration import Calibration
+from .hessian import asymmetric_map
 from .packed import PackedLinear, linear_weight
-from .walk import decoder_layers, walk
+from .walk import Group, decoder_layers, walk
 
 
 STEPS: dict[str, type["Step"]] = {}
@@ -84,13 +85,15 @@ class Step(ABC):
 
     What a step needs may depend on its fields, so these may be properties: `needs_data` (calibration tokens),
     `needs_teacher` (the model as it was before the recipe). `before_packing` is set by steps that need ordinary
-    weights, `trains` by steps that run long enough to keep a journal.
+    weights, `takes_adapters` by packing steps whose layers can be trained with adapters and merged all the same,
+    `trains` by steps that run long enough to keep a journal.
     """
 
     name: ClassVar[str]
     paper: ClassVar[str]
     needs_data: ClassVar[bool] = False
     needs_teacher: ClassVar[bool] = False
+    takes_adapters: ClassVar[bool] = False
     before_packing: ClassVar[bool] = False
     trains: ClassVar[bool] = False
 
@@ -142,8 +145,10 @@ class LinearStep(Step):
 
     modules_to_not_convert: tuple[str, ...] | None = None
 
+    packed: ClassVar[bool] = True
     asymmetric: ClassVar[float] = 0.0
     sequential: ClassVar[bool] = True
+    accepts_unseen: ClassVar[bool] = False
 
     @abstractmethod
     def empty(self, linear: nn.Module) -> PackedLinear:
@@ -155,8 +160,21 @@ class LinearStep(Step):
 
         Args:
             weight (`Tensor`): fp32 (out_features, in_features).
-            gram (`Tensor`, *optional*): fp32 (in_features, in_features), mean of x xᵀ over the calibration tokens.
+            gram (`Tensor`, *optional*): fp32 (in_features, in_features), mean of x xᵀ over the calibration tokens; or
+                what `share` made of it.
         """
+
+    def share(self, group: Group) -> Any:
+        """What `compress` gets in place of the Gram matrix: work that is done once for all layers with one input."""
+        return group.gram
+
+    def for_layer(self, name: str) -> "LinearStep":
+        """The step with the settings of this layer, where they differ between layers."""
+        return self
+
+    def notes(self) -> list[str]:
+        """Remarks on the whole step for the report."""
+        return []
 
     def targets(self, model: nn.Module) -> dict[str, nn.Module]:
         """The dense linear layers this step packs, by qualified name; call it on a resolved step."""
@@ -190,45 +208,49 @@ class LinearStep(Step):
 
     def skeleton(self, model: nn.Module) -> None:
         for name, linear in self.targets(model).items():
-            model.set_submodule(name, self.empty(linear))
+            model.set_submodule(name, self.for_layer(name).empty(linear))
 
-    def pack(
-        self, name: str, weight: Tensor, gram: Tensor | None = None, cross: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        """`compress` with what concerns every method: checks, asymmetric calibration, errors that name the layer."""
+    def pack(self, name: str, weight: Tensor, shared: Any = None) -> dict[str, Tensor]:
+        """`compress` with the checks that concern every method; errors name the layer."""
         check_weight(name, weight)
-        weight = weight.detach().float()
         try:
-            if cross is not None:
-                weight = asymmetric_target(weight, gram, cross, self.asymmetric)
-            return self.compress(weight, gram)
+            return self.for_layer(name).compress(weight.detach().float(), shared)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
 
     def replace(
-        self, model: nn.Module, name: str, gram: Tensor | None = None, cross: Tensor | None = None
+        self, model: nn.Module, name: str, group: Group | None = None, shared: Any = None, target: Tensor | None = None
     ) -> dict[str, Any]:
-        """Pack one layer of `model` in place; returns its row for the report."""
+        """Pack one layer of `model` in place.
+
+        Args:
+            group: what was measured of the layer's inputs, `shared` what `share` made of it.
+            target: (in, in), turns the weight into that of asymmetric calibration.
+
+        Returns:
+            The layer's row for the report.
+        """
         linear = model.get_submodule(name)
         dense = linear_weight(linear).detach()
-        packed = self.empty(linear)
-        packed.load_packed(self.pack(name, dense, gram, cross))
+        packed = self.for_layer(name).empty(linear)
+        packed.load_packed(self.pack(name, dense if target is None else dense.float() @ target, shared))
         packed.bias = linear.bias
         packed.train(linear.training)
         model.set_submodule(name, packed)
-        return layer_row(name, packed, dense, gram)
+        return layer_row(name, packed, dense, None if group is None else group.gram)
 
     def apply(self, model: nn.Module, tokens: Tensor | None = None, *, teacher=None, journal=None) -> StepReport:
-        start = time.perf_counter()
+        start, step = time.perf_counter(), self
         names = list(self.targets(model))
         for name in names:  # before the first layer is changed
             check_weight(name, model.get_submodule(name).weight)
-        if not self.needs_data:
-            shown = tqdm(names, desc=self.name, unit="layer", disable=None)
-            return StepReport(self.to_dict(), time.perf_counter() - start, [self.replace(model, n) for n in shown])
-        step = self.allocate(model, tokens)
-        rows = [row for rows in step.visit(model, tokens, names) for row in rows]
-        return StepReport(step.to_dict(), time.perf_counter() - start, rows)
+        if self.needs_data:
+            step = self.allocate(model, tokens)
+        if step.needs_data:
+            rows = [row for rows in step.visit(model, tokens, names) for row in rows]
+        else:
+            rows = [step.replace(model, n) for n in tqdm(names, desc=self.name, unit="layer", disable=None)]
+        return StepReport(step.to_dict(), time.perf_counter() - start, rows, step.notes())
 
     def allocate(self, model: nn.Module, tokens: Tensor, visiting=nullcontext) -> "LinearStep":
         """The step with what it decides on the data before any layer is packed written out, by default nothing."""
@@ -251,33 +273,16 @@ class LinearStep(Step):
         blocks = walk(model, tokens, reference=self.asymmetric > 0, visiting=visiting)
         for block in tqdm(blocks, total=len(layers), desc=self.name, unit="block", disable=None):
             inside = {name: model.get_submodule(name) for name in names if name.startswith(f"{block.name}.")}
-            rows = [
-                self.replace(model, name, group.gram, group.cross)
-                for group in block.gram_groups(inside, sequential=self.sequential)
-                for name in group.names
-            ]
+            rows = []
+            groups = block.gram_groups(inside, sequential=self.sequential, accept_unseen=self.accepts_unseen)
+            for group in groups:
+                shared = self.share(group)
+                target = None if group.cross is None else asymmetric_map(group.gram, group.cross, self.asymmetric)
+                rows += [self.replace(model, name, group, shared, target) for name in group.names]
             missed -= {row["name"] for row in rows}
             yield rows
         if missed:
             raise ValueError(f"{self.name} saw no calibration token in {sorted(missed)}; pass more or longer samples")
-
-
-def asymmetric_target(weight: Tensor, gram: Tensor, cross: Tensor, strength: float) -> Tensor:
-    """The weight that, on the inputs there are, comes closest to what the layer does on the inputs there should be.
-
-    The minimum over W' of ||W R - W' X||² is W' = W C H⁻¹ with C = R Xᵀ and H = X Xᵀ; the result is the point
-    `strength` of the way from W to it, H being damped by 1 % of its mean diagonal (GPTAQ, arXiv 2504.02692, whose
-    code moves a quarter of the way).
-
-    Args:
-        weight: (out, in), W.
-        gram, cross: (in, in), the mean of x xᵀ and of r xᵀ.
-    """
-    damped = gram + torch.diag((0.01 * gram.diagonal().mean()).expand(len(gram)))
-    factor, failed = torch.linalg.cholesky_ex(damped)
-    if failed:
-        return weight
-    return weight + strength * torch.cholesky_solve(((cross - gram).T @ weight.T), factor).T
 
 
 def check_weight(name: str, weight: Tensor) -> None:

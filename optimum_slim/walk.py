@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .memory import shared_copy
+from .packed import linear_shape
 
 
 class _StopForward(Exception):
@@ -75,12 +76,13 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 class Group:
     """Modules with one common input x, and its second moments over the calibration tokens.
 
-    `gram` is the mean of x x^T, fp32 (in, in). `cross` is the mean of r x^T, where r is the input that the unslimmed
-    model has there for the same token; `None` without a reference stream.
+    `gram` is the mean of x x^T over `tokens` tokens, fp32 (in, in). `cross` is the mean of r x^T, where r is the input
+    that the unslimmed model has there for the same token; `None` without a reference stream.
     """
 
     names: list[str]
     gram: Tensor
+    tokens: int
     cross: Tensor | None = None
 
 
@@ -119,7 +121,9 @@ class Block:
             for batch in range(len(self.references)):
                 self.references[batch] = _states(self._run(batch, original=True)).to("cpu")
 
-    def gram_groups(self, modules: dict[str, nn.Module], *, sequential: bool = True) -> Iterator[Group]:
+    def gram_groups(
+        self, modules: dict[str, nn.Module], *, sequential: bool = True, accept_unseen: bool = False
+    ) -> Iterator[Group]:
         """Measure the second moments of what enters the given modules of this layer.
 
         Modules with one common input (query, key and value; gate and up) form a group and share one matrix. Groups
@@ -129,16 +133,22 @@ class Block:
             modules: The modules to measure by name, each somewhere inside `layer`.
             sequential: Run the layer again before each group, so that what was replaced earlier in the layer is seen.
                 Otherwise one pass serves all groups and their matrices are held together.
+            accept_unseen: A module that saw no token (an expert no token was routed to) ends in a group of its own,
+                with a Gram matrix of zeros.
 
         Raises:
             ValueError: a module saw no token.
         """
-        groups = self._groups(modules)
-        if not sequential:
-            yield from self._measured(modules, groups)
-            return
-        for names in groups:
-            yield from self._measured(modules, [names])
+        groups, unseen = self._groups(modules)
+        if unseen and not accept_unseen:
+            raise ValueError(
+                f"No calibration token reached {', '.join(sorted(unseen))} in {self.name}. "
+                "Use more calibration samples, or leave these modules out with modules_to_not_convert."
+            )
+        for together in [groups] if not sequential else [[names] for names in groups]:
+            yield from self._measured(modules, together)
+        for name, module in unseen.items():
+            yield Group([name], torch.zeros((linear_shape(module)[1],) * 2, device=_device(module)), 0)
 
     def _run(self, batch: int, *, original: bool = False) -> Any:
         """Call the layer on one batch, in evaluation mode and without an autograd graph."""
@@ -147,22 +157,22 @@ class Block:
         with torch.no_grad(), evaluating(layer):
             return layer(states[batch].to(_device(layer)), *args, **kwargs)
 
-    def _groups(self, modules: dict[str, nn.Module]) -> list[list[str]]:
-        """Names of modules by common input, in the order of their first call."""
+    def _groups(self, modules: dict[str, nn.Module]) -> tuple[list[list[str]], dict[str, nn.Module]]:
+        """Names of modules by common input, in the order of their first call, and the modules never called."""
         groups: list[list[str]] = []
         missing = dict(modules)
-        for batch in range(len(self.inputs)):
+        for batch in range(len(self.inputs) if missing else 0):
             seen: list[tuple[str, Tensor]] = []  # keeps the inputs alive, so that an address stands for one tensor
             with input_hooks(missing, lambda name, x, seen=seen: seen.append((name, x))):
                 self._run(batch)
             found: dict[tuple, list[str]] = {}
             for name, x in seen:
-                if missing.pop(name, None) is not None:
+                if x.numel() and missing.pop(name, None) is not None:
                     found.setdefault((x.data_ptr(), x.shape, x.stride(), x.dtype), []).append(name)
             groups += found.values()
             if not missing:
-                return groups
-        raise self._unseen(missing)
+                break
+        return groups, missing
 
     def _measured(self, modules: dict[str, nn.Module], groups: list[list[str]]) -> list[Group]:
         """The groups with their moments, from one pass over the batches; a single group's pass ends at its input."""
@@ -202,10 +212,13 @@ class Block:
                     self._run(batch, original=True)
             with suppress(_StopForward), input_hooks({name: modules[name] for name in firsts}, accumulate):
                 self._run(batch)
-        if unseen := [name for name, count in counts.items() if count == 0]:
-            raise self._unseen(unseen)
         return [
-            Group(names, grams.pop(name).div_(counts[name]), crosses[name].div_(counts[name]) if crosses else None)
+            Group(
+                names,
+                grams.pop(name).div_(counts[name]),
+                counts[name],
+                crosses[name].div_(counts[name]) if crosses else None,
+            )
             for name, names in zip(firsts, groups, strict=True)
         ]
 
@@ -214,12 +227,6 @@ class Block:
         counts = {self.inputs[batch].shape[:-1].numel() for batch in (0, len(self.inputs) - 1)}
         whole = reference is not None and reference.shape == x.shape and x.shape[0] in counts
         return reference if whole else x
-
-    def _unseen(self, names: Iterable[str]) -> ValueError:
-        return ValueError(
-            f"No calibration token reached {', '.join(sorted(names))} in {self.name}. "
-            "Use more calibration samples, or leave these modules out with modules_to_not_convert."
-        )
 
 
 def walk(

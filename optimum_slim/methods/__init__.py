@@ -3,7 +3,10 @@
 from .bitnet import BitNet
 from .depth import Depth
 from .heal import Heal
+from .magnitude import Magnitude
 from .pt2llm import PT2LLM
+from .sparsegpt import SparseGPT
+from .wanda import Wanda
 
 
-__all__ = ["PT2LLM", "BitNet", "Depth", "Heal"]
+__all__ = ["PT2LLM", "BitNet", "Depth", "Heal", "Magnitude", "SparseGPT", "Wanda"]

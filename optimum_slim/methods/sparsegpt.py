@@ -1,0 +1,262 @@
+"""SparseGPT (arXiv 2301.00774): drop weights one column after the other, the columns to come making up for it.
+
+Removing the weight in column j of a row costs w² / [H_rest⁻¹]_jj in the layer's outputs, if those right of it are then
+chosen best, H_rest being the second moments of the inputs j and later. With H⁻¹ = Uᵀ U (optimum_slim/hessian.py):
+
+    score      S[n, j] = (W[n, j] / U[j, j])²                              the lowest are dropped
+    error      e = (W[:, j] - Q[:, j]) / U[j, j]                           Q: 0 where dropped, rounded with `bits`
+    update     W[:, j + 1:] -= e U[j, j + 1:]
+
+Unstructured masks are chosen for blocks of 128 columns at a time, of all rows together, n:m masks group by group, each
+from the weights as they are by then. ½ Σ e² is exactly half the output error, tr((W - Q) H (W - Q)ᵀ) / 2.
+
+`variant="paper"` is that, with exact counts. `variant="official"` computes what the authors' code does, operation by
+operation: its threshold drops one weight more in each block, and all that equal it. The default, `"improved"`, adds
+what measured better, each of which can be switched on and off for any variant:
+
+* `refit`: SparseGPT only ever looks to the right, so that its weights are not the best ones for the mask it found;
+  least squares on the final mask is (the last step of ALPS, arXiv 2406.07831).
+* `asymmetric`: fit each layer to what it did on the inputs of the unslimmed model (GPTAQ, arXiv 2504.02692).
+* `allocation="owl"`: drop fewer weights where outliers are many (OWL, arXiv 2310.05175).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..affine import AffineGrid, nearest
+from ..hessian import MAX_DAMPENING, Hessian
+from ..sparse_step import SparseStep
+from ..sparsity import Pattern, lowest, lowest_in_groups, refit, select
+from ..step import register
+
+
+VARIANTS = {  # refit, asymmetric, sequential
+    "improved": (10, 0.25, True),
+    "paper": (0, 0.0, False),
+    "official": (0, 0.0, False),
+}
+LEAF = 16  # columns eliminated one by one before their updates are put together
+FEW_TOKENS = 128  # with fewer, a layer (a rarely used expert) is pruned by magnitude
+
+
+@register(
+    "sparsegpt",
+    paper="SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot (ICML 2023, arXiv 2301.00774)",
+)
+@dataclass(frozen=True, kw_only=True)
+class SparseGPT(SparseStep):
+    """Drop weights by their effect on the outputs, the remaining ones making up for it.
+
+    Args:
+        variant (`str`): `"improved"`, `"paper"`, or `"official"` for what the authors' code computes. It decides the
+            fields below that are not given.
+        blocksize (`int`): columns for which an unstructured mask is chosen together.
+        dampening (`float`): share of the mean diagonal added to that of the Gram matrix; raised tenfold, up to 1, for
+            as long as the matrix cannot be factorized.
+        refit (`int`): most steps of conjugate gradients by which the kept weights are fitted to the final mask; 0 keeps
+            SparseGPT's own. Not with `bits`, whose codes already make up for one another.
+        asymmetric (`float`): how far each layer's target moves from its own weights to those that do on the inputs
+            behind the pruned layers what the layer did in the unslimmed model; 0 for the paper, 1 for all the way.
+        sequential (`bool`): measure the inputs of each layer behind what was pruned before it in the same decoder
+            layer; or all of a decoder layer at once, as the paper does.
+        sparsity, bits, group_size, allocation, owl_threshold, owl_band, layers, packed, shares,
+        modules_to_not_convert: see `SparseStep`.
+
+    A layer that saw fewer than 128 tokens is pruned by magnitude, and its row of the report says so.
+    """
+
+    variant: str = "improved"
+    blocksize: int = 128
+    dampening: float = 0.01
+    refit: int | None = None
+    asymmetric: float | None = None
+    sequential: bool | None = None
+
+    needs_data = True
+    accepts_unseen = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        pattern = Pattern.parse(self.sparsity)
+        if self.variant not in VARIANTS:
+            raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, found {self.variant!r}")
+        for name, default in zip(("refit", "asymmetric", "sequential"), VARIANTS[self.variant], strict=True):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)
+        if (
+            type(self.blocksize) is not int
+            or self.blocksize < max(1, pattern.of)
+            or self.blocksize % max(1, pattern.of)
+        ):
+            raise ValueError(
+                f"blocksize must be a positive integer and a multiple of m in 'n:m', found {self.blocksize!r}"
+            )
+        if not 0 < self.dampening <= MAX_DAMPENING:
+            raise ValueError(f"dampening must be above 0 and at most {MAX_DAMPENING}, found {self.dampening!r}")
+        if not 0 <= self.asymmetric <= 1 or type(self.refit) is not int or self.refit < 0:
+            raise ValueError(
+                f"asymmetric must lie in [0, 1] and refit be an integer of at least 0; found {self.asymmetric!r} and "
+                f"{self.refit!r}"
+            )
+
+    def share(self, group) -> Hessian | Tensor | None:
+        if group.tokens < FEW_TOKENS:
+            return None
+        return group.gram if self.variant == "official" else Hessian(group.gram, self.dampening)
+
+    def replace(self, model, name, group=None, shared=None, target=None) -> dict[str, Any]:
+        row = super().replace(model, name, group, shared, target)
+        if shared is None:
+            row["note"] = f"pruned by magnitude: only {group.tokens} calibration tokens reached this layer"
+        elif isinstance(shared, Hessian) and shared.dampening > self.dampening:
+            row["note"] = f"dampening raised to {shared.dampening:g}"
+        return row
+
+    def prune(self, weight: Tensor, shared: Hessian | Tensor | None) -> tuple[Tensor, Tensor]:
+        pattern = Pattern.parse(self.sparsity)
+        if shared is None:
+            mask = select(weight.abs(), pattern)
+            return weight.masked_fill(mask, 0), mask
+        if self.variant == "official":
+            pruned, mask = official(weight, shared, pattern, self.blocksize, self.dampening)
+            shared = Hessian(shared, self.dampening) if self.refit else None
+        else:
+            pruned, mask, _ = eliminate(weight, shared, pattern, self.blocksize)
+        if self.refit:
+            pruned = refit(pruned, weight, mask, shared.matrix, self.refit)
+        return pruned, mask
+
+    def prune_to_codes(self, weight: Tensor, shared: Hessian | Tensor | None) -> tuple[Tensor, Tensor, AffineGrid]:
+        if shared is None:
+            return super().prune_to_codes(weight, shared)
+        grid = AffineGrid.fit(weight, self.bits, self.group_size)
+        pattern = Pattern.parse(self.sparsity)
+        if self.variant == "official":
+            pruned, mask = official(weight, shared, pattern, self.blocksize, self.dampening, grid)
+        else:
+            pruned, mask, _ = eliminate(weight, shared, pattern, self.blocksize, grid)
+        return grid.codes(pruned), mask, grid
+
+
+def eliminate(
+    weight: Tensor,
+    hessian: Hessian,
+    pattern: Pattern,
+    blocksize: int = 128,
+    grid: AffineGrid | None = None,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor, float]:
+    """SparseGPT on one matrix.
+
+    The columns are halved again and again: the left half is done, its errors are passed on to the right half by one
+    matrix product, then the right half is done. Every weight is read and written log2(in) times rather than in times.
+
+    Args:
+        weight: (out, in).
+        pattern: what to drop.
+        blocksize: columns for which an unstructured mask is chosen together.
+        grid: rounds the kept weights.
+        mask: bool (out, in), a mask given beforehand in place of one chosen by `pattern`.
+
+    Returns:
+        The pruned weight (out, in), the mask (true: dropped), and ½ Σ e², half of tr((W - Q) H (W - Q)ᵀ).
+    """
+    columns = weight.masked_fill(hessian.dead, 0).T.contiguous()  # one row for each column of the weight
+    upper, errors = hessian.upper, torch.empty_like(columns)
+    given = mask is not None
+    dropped = mask.T.contiguous() if given else torch.zeros_like(columns, dtype=torch.bool)
+    diagonal = upper.diagonal().tolist()
+
+    def choose(start: int, stop: int) -> None:
+        scores = (columns[start:stop] / upper.diagonal()[start:stop, None]).square_()
+        if pattern.of:
+            dropped[start:stop] = lowest_in_groups(scores.T, pattern.keep, pattern.of).T
+        else:
+            rows = columns.shape[1]
+            dropped[start:stop] = lowest(scores, int(pattern.share * rows * stop) - int(pattern.share * rows * start))
+
+    def leaf(start: int, stop: int) -> None:
+        for j in range(start, stop):
+            if not given and pattern.of and j % pattern.of == 0:
+                choose(j, min(j + pattern.of, len(columns)))
+            kept = columns[j]
+            if grid is not None:
+                scale, zero = grid.column(j)
+                kept = nearest(kept, scale, zero, grid.bits).sub_(zero).mul_(scale)
+            kept = kept.masked_fill(dropped[j], 0)
+            torch.sub(columns[j], kept, out=errors[j]).div_(diagonal[j])
+            columns[j] = kept
+            columns[j + 1 : stop].addr_(upper[j, j + 1 : stop], errors[j], alpha=-1)
+
+    def solve(start: int, stop: int, in_block: bool = False) -> None:
+        if not in_block and stop - start <= blocksize:
+            in_block = True
+            if not given and not pattern.of:
+                choose(start, stop)
+        unit = leaf_size if in_block else blocksize
+        if stop - start <= unit:
+            leaf(start, stop)
+            return
+        middle = start + math.ceil((stop - start) / unit) // 2 * unit
+        solve(start, middle, in_block)
+        columns[middle:stop].addmm_(upper[start:middle, middle:stop].T, errors[start:middle], alpha=-1)
+        solve(middle, stop, in_block)
+
+    leaf_size = min(blocksize, max(1, LEAF // max(1, pattern.of)) * max(1, pattern.of))
+    solve(0, len(columns))
+    return columns.T.contiguous(), dropped.T.contiguous(), 0.5 * float(errors.square().sum(dtype=torch.float64))
+
+
+def official(
+    weight: Tensor,
+    gram: Tensor,
+    pattern: Pattern,
+    blocksize: int = 128,
+    dampening: float = 0.01,
+    grid: AffineGrid | None = None,
+) -> tuple[Tensor, Tensor]:
+    """SparseGPT as the authors' code computes it, in the same order of operations.
+
+    Where it differs from the paper: a block drops all weights with a score up to that of rank int(share * count),
+    which is one more than the share says, and ties besides; H is inverted; no second try with more dampening.
+
+    Args and returns as for `eliminate`, with the Gram matrix in place of its factors.
+    """
+    weight, hessian = weight.clone(), gram.float() * 2
+    dead = hessian.diagonal() == 0
+    hessian.diagonal()[dead] = 1
+    weight[:, dead] = 0
+    dropped = torch.zeros_like(weight, dtype=torch.bool)
+    hessian.diagonal().add_(dampening * hessian.diagonal().mean())
+    inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
+    for start in range(0, weight.shape[1], blocksize):
+        stop = min(start + blocksize, weight.shape[1])
+        block, factor = weight[:, start:stop].clone(), inverse[start:stop, start:stop]
+        errors, mask = torch.zeros_like(block), torch.zeros_like(block, dtype=torch.bool)
+        if not pattern.of:
+            scores = block**2 / factor.diagonal().reshape(1, -1) ** 2
+            mask = scores <= scores.flatten().sort()[0][int(scores.numel() * pattern.share)]
+        for j in range(stop - start):
+            if pattern.of and j % pattern.of == 0:
+                group = slice(j, min(j + pattern.of, stop - start))
+                scores = block[:, group] ** 2 / factor.diagonal()[group].reshape(1, -1) ** 2
+                count = max(0, scores.shape[1] - pattern.keep)
+                mask.scatter_(1, j + torch.topk(scores, count, dim=1, largest=False)[1], True)
+            column = block[:, j]
+            kept = column.clone()
+            kept[mask[:, j]] = 0
+            if grid is not None:
+                scale, zero = grid.column(start + j)
+                kept = scale * (nearest(kept, scale, zero, grid.bits) - zero)
+            error = (column - kept) / factor[j, j]
+            block[:, j:] -= error.unsqueeze(1).matmul(factor[j, j:].unsqueeze(0))
+            block[:, j], errors[:, j] = kept, error
+        weight[:, start:stop], dropped[:, start:stop] = block, mask
+        weight[:, stop:] -= errors.matmul(inverse[start:stop, stop:])
+    return weight, dropped

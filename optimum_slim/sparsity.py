@@ -1,0 +1,150 @@
+"""Which weights are dropped: patterns, exact counts, and how much each decoder layer gives up.
+
+A pattern is a share of all weights, such as 0.5, or "n:m": n of every m neighbouring columns of a row are kept, as in
+NVIDIA's 2:4. Counts are exact whatever ties there are: constant rows and dead inputs all score 0, and a threshold
+would drop every one of them.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """`share` of all weights is dropped; or `keep` of every `of` neighbouring columns are kept, `of` being 0 otherwise."""
+
+    share: float
+    keep: int = 0
+    of: int = 0
+
+    @classmethod
+    def parse(cls, sparsity: float | str) -> "Pattern":
+        """A pattern from a share between 0 and 1 or from "n:m".
+
+        Raises:
+            ValueError: neither of the two.
+        """
+        if isinstance(sparsity, str):
+            parts = sparsity.split(":")
+            if len(parts) == 2 and all(part.isdecimal() for part in parts):
+                keep, of = map(int, parts)
+                if 0 < keep < of <= 64:
+                    return cls(1 - keep / of, keep, of)
+        elif not isinstance(sparsity, bool) and isinstance(sparsity, int | float) and 0 < sparsity < 1:
+            return cls(float(sparsity))
+        raise ValueError(
+            f"sparsity is the share of weights to drop, above 0 and below 1, or 'n:m' to keep n of every m columns (as "
+            f"in '2:4'); found {sparsity!r}"
+        )
+
+    @property
+    def has_positions(self) -> bool:
+        """Whether 2-bit positions say which columns are kept in fewer bits than, or as few as, a bitmask."""
+        return self.of == 4 and self.keep <= 2
+
+    def kept_in_row(self, columns: int) -> int:
+        """Columns that an n:m pattern keeps in a row."""
+        return columns // self.of * self.keep + min(self.keep, columns % self.of)
+
+
+def lowest(scores: Tensor, count: int) -> Tensor:
+    """Mask of the `count` lowest entries of a matrix, of equal ones the first, whole-matrix order being row by row."""
+    mask = torch.zeros_like(scores, dtype=torch.bool)
+    if count <= 0:
+        return mask
+    threshold = scores.flatten().kthvalue(min(count, scores.numel())).values
+    torch.lt(scores, threshold, out=mask)
+    missing = count - int(mask.sum())
+    ties = (scores == threshold).flatten().nonzero()[:missing, 0]
+    mask.view(-1)[ties] = True
+    return mask
+
+
+def lowest_in_rows(scores: Tensor, count: int) -> Tensor:
+    """Mask of the `count` lowest entries of every row, of equal ones the first."""
+    order = scores.argsort(dim=1, stable=True)[:, :count]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, True)
+
+
+def lowest_in_groups(scores: Tensor, keep: int, of: int) -> Tensor:
+    """Mask of what n:m drops: in every row all but the `keep` highest of each `of` neighbouring columns.
+
+    A last, short group keeps `keep` columns too, or all it has.
+    """
+    padding = -scores.shape[1] % of
+    groups = F.pad(scores, (0, padding), value=-torch.inf).unflatten(1, (-1, of))
+    order = groups.argsort(dim=-1, stable=True)[..., : of - keep]
+    return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order, True).flatten(1)[:, : scores.shape[1]]
+
+
+def select(scores: Tensor, pattern: Pattern, *, by_row: bool = False) -> Tensor:
+    """Mask of the weights that `pattern` drops from a whole matrix of scores (out, in).
+
+    Args:
+        by_row: An unstructured pattern compares within each row and drops int(share * in) of it.
+    """
+    if pattern.of:
+        return lowest_in_groups(scores, pattern.keep, pattern.of)
+    if by_row:
+        return lowest_in_rows(scores, int(pattern.share * scores.shape[1]))
+    return lowest(scores, int(pattern.share * scores.numel()))
+
+
+def outlier_ratio(scores: list[Tensor], threshold: float) -> float:
+    """Share of the scores of one decoder layer's matrices above `threshold` times their mean (OWL, Section 3.2)."""
+    count = sum(score.numel() for score in scores)
+    mean = sum(float(score.sum(dtype=torch.float64)) for score in scores) / count
+    return sum(int((score > threshold * mean).sum()) for score in scores) / count
+
+
+def owl_shares(ratios: list[float], sizes: list[int], share: float, band: float) -> tuple[float, ...]:
+    """How much each decoder layer gives up: less where outliers are many (OWL, arXiv 2310.05175, Section 3.3).
+
+    The ratios are spread over a band of width 2 * `band`, and the mean over all weights stays `share`. Equal ratios give
+    equal shares. Shares are written out with 4 digits.
+
+    Args:
+        ratios: Outlier ratio of each layer.
+        sizes: Number of weights of each layer.
+    """
+    low, high = min(ratios), max(ratios)
+    spread = [2 * band * (ratio - low) / (high - low) if high > low else 0.0 for ratio in ratios]
+    mean = sum(s * size for s, size in zip(spread, sizes, strict=True)) / sum(sizes)
+    return tuple(round(min(max(share - (s - mean), 0.01), 0.99), 4) for s in spread)
+
+
+def refit(weight: Tensor, target: Tensor, mask: Tensor, hessian: Tensor, iterations: int) -> Tensor:
+    """The kept weights that come closest to `target` in the layer's outputs, every row by itself (least squares).
+
+    Minimizes tr((T - Q) H (T - Q)ᵀ) over Q that is 0 where `mask` is true by conjugate gradients with the diagonal of H
+    as preconditioner, starting from `weight`: the last step of ALPS (arXiv 2406.07831, Section 3.3).
+
+    Args:
+        weight, target: (out, in).
+        mask: bool (out, in), true where a weight is dropped.
+        hessian: positive definite (in, in).
+        iterations: most steps; 10 in the paper.
+    """
+    kept = ~mask
+    diagonal = hessian.diagonal()
+    solution = weight * kept
+    residual = ((target - solution) @ hessian).mul_(kept)
+    scaled = residual / diagonal
+    direction = scaled.clone()
+    product = (residual * scaled).sum(1, keepdim=True)
+    floor = 1e-12 * product
+    for _ in range(iterations):
+        image = (direction @ hessian).mul_(kept)
+        curvature = (direction * image).sum(1, keepdim=True)
+        step = torch.where(curvature > 0, product / curvature, 0)
+        solution.addcmul_(step, direction)
+        residual.addcmul_(step, image, value=-1)
+        scaled = residual / diagonal
+        previous, product = product, (residual * scaled).sum(1, keepdim=True)
+        if bool((product <= floor).all()):
+            break
+        direction.mul_(torch.where(previous > 0, product / previous, 0)).add_(scaled)
+    return solution
