@@ -1,18 +1,23 @@
-"""Check the ternary operators on this machine's GPU against the reference, and time them against bf16 `F.linear`.
+"""Check the operators on this machine's GPU against their references, and time them against bf16 `F.linear`.
 
-    python benchmarks/gpu_check.py
+    python benchmarks/gpu_check.py [--part ternary|sparse]
 
-Prints two markdown tables and writes them to benchmarks/results/gpu.md. Without a GPU it says so and exits with
-status 1. Times are medians of CUDA-graph replays (the two sides in turn), so that launch overhead in Python, which a
-graph removes in use as well, is left out. The weights of a shape rotate through more memory than the L2 cache holds.
+Prints markdown tables line by line and writes them to benchmarks/results/gpu.md (ternary) and gpu_sparse.md. Without a
+GPU it says so and exits with status 1, as it does when an error is too large. Times are medians of CUDA-graph replays
+(the sides in turn), so that launch overhead in Python, which a graph removes in use as well, is left out. The weights
+of a shape rotate through more memory than the L2 cache holds.
 """
 
-import statistics
+import argparse
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import gpu_sparse
 import torch
 import torch.nn.functional as F
+from gpu_timing import ROTATED_BYTES, TOLERANCE, graph, relative_error, time_alternately
 
 from optimum_slim._kernels import (
     pack_ternary,
@@ -23,12 +28,14 @@ from optimum_slim._kernels import (
 )
 
 
-RESULT = Path(__file__).parent / "results" / "gpu.md"
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-SHAPES = ((4096, 4096), (4096, 11008), (130, 300))
+RESULTS = Path(__file__).parent / "results"
+SHAPES = {
+    (4096, 4096): ("tensor", "row", "128", "100"),
+    (4096, 11008): ("row", "128"),
+    (130, 300): ("tensor", "row", "128", "100"),
+}
 TIMED_SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))
 TIMED_TOKENS = (1, 4, 16, 128, 512)
-ROTATED_BYTES = 256 * 2**20
 
 
 def make_layer(out_features: int, columns: int, kind: str):
@@ -41,19 +48,13 @@ def make_layer(out_features: int, columns: int, kind: str):
     return weight, scale, None if kind == "row" else torch.randn_like(scale) * 0.2, group_size
 
 
-def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    found, expected = found.double(), expected.double()
-    return ((found - expected).norm() / expected.norm()).item()
-
-
-def check() -> tuple[list[str], bool]:
-    """Rows of the table of errors, and whether every one is within its tolerance."""
-    rows, passed = [], True
-    for out_features, columns in SHAPES:
-        for kind in ("tensor", "row", "128", "100"):
+def errors() -> Iterator[tuple[str, bool]]:
+    """Rows of the table of errors, and whether each is within its tolerance."""
+    for (out_features, columns), kinds in SHAPES.items():
+        for kind in kinds:
             weight, scale, offset, group_size = make_layer(out_features, columns, kind)
             for dtype, tolerance in TOLERANCE.items():
-                errors = {}
+                found = {}
                 for tokens in (1, 3, 17, 130):
                     x = torch.randn(tokens, columns, device="cuda", dtype=dtype)
                     dy = torch.randn(tokens, out_features, device="cuda", dtype=dtype)
@@ -61,56 +62,31 @@ def check() -> tuple[list[str], bool]:
                     for name, act_bits in (("W2A16", 0), ("W2A8", 8)):
                         arguments = (x, weight, scale, offset, bias, out_features, group_size, act_bits)
                         error = relative_error(ternary_linear(*arguments), ternary_linear_reference(*arguments))
-                        errors[name] = max(errors.get(name, 0), error)
+                        found[name] = max(found.get(name, 0), error)
                     arguments = (dy, weight, scale, offset, group_size)
                     error = relative_error(ternary_linear_dx(*arguments), ternary_linear_dx_reference(*arguments))
-                    errors["dx"] = max(errors.get("dx", 0), error)
-                good = all(error <= tolerance for error in errors.values())
-                passed &= good
-                cells = " | ".join(f"{errors[name]:.1e}" for name in ("W2A16", "W2A8", "dx"))
-                shape = f"{out_features} x {columns}"
+                    found["dx"] = max(found.get("dx", 0), error)
+                good = all(error <= tolerance for error in found.values())
+                cells = " | ".join(f"{found[name]:.1e}" for name in ("W2A16", "W2A8", "dx"))
                 name = str(dtype).removeprefix("torch.")
-                rows.append(f"| {shape} | {kind} | {name} | {cells} | {'ok' if good else 'FAIL'} |")
-    return rows, passed
+                verdict = "ok" if good else "FAIL"
+                yield f"| {out_features} x {columns} | {kind} | {name} | {cells} | {verdict} |", good
 
 
-def graph(function, copies: int):
-    """A CUDA graph of function(0) ... function(copies - 1), warmed up."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for i in range(copies):
-            function(i)
-    torch.cuda.synchronize()
-    captured = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(captured, stream=stream):
-        for i in range(copies):
-            function(i)
-    return captured
+def copies_of(layer: tuple) -> list[tuple]:
+    """Copies of a layer that fill `ROTATED_BYTES`."""
+    copies = max(2, ROTATED_BYTES // layer[0].numel())
+    return [tuple(part.clone() if isinstance(part, torch.Tensor) else part for part in layer) for _ in range(copies)]
 
 
-def time_alternately(graphs: dict, copies: int, rounds: int = 15) -> dict[str, float]:
-    """Median microseconds per call, the graphs replayed in turn."""
-    times = {name: [] for name in graphs}
-    for _ in range(rounds):
-        for name, captured in graphs.items():
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            captured.replay()
-            end.record()
-            end.synchronize()
-            times[name].append(start.elapsed_time(end) * 1000 / copies)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def measure() -> list[str]:
+def times() -> Iterator[str]:
     """Rows of the table of times."""
-    rows = []
     for out_features, columns in TIMED_SHAPES:
-        copies = max(2, ROTATED_BYTES // (out_features * columns // 4))
-        dense_copies = max(2, ROTATED_BYTES // (out_features * columns * 2))
-        dense = [torch.randn(out_features, columns, device="cuda").bfloat16() for _ in range(dense_copies)]
-        per_row = [make_layer(out_features, columns, "row") for _ in range(copies)]
-        per_group = [make_layer(out_features, columns, "128") for _ in range(copies)]
+        weight = torch.randn(out_features, columns, device="cuda").bfloat16()
+        dense = [weight.clone() for _ in range(max(2, ROTATED_BYTES // (2 * weight.numel())))]
+        per_row = copies_of(make_layer(out_features, columns, "row"))
+        per_group = copies_of(make_layer(out_features, columns, "128"))
+        calls = len(per_row)
         for tokens in TIMED_TOKENS:
             x = torch.randn(tokens, columns, device="cuda", dtype=torch.bfloat16)
 
@@ -125,48 +101,72 @@ def measure() -> list[str]:
                 return F.linear(x, dense[i % len(dense)])
 
             graphs = {
-                "F.linear": graph(linear, copies),
-                "W2A8 row": graph(ternary(per_row, 8), copies),
-                "W2A8 g128": graph(ternary(per_group, 8), copies),
-                "W2A16 row": graph(ternary(per_row, 0), copies),
-                "W2A16 g128": graph(ternary(per_group, 0), copies),
+                "F.linear": graph(linear, calls),
+                "W2A8 row": graph(ternary(per_row, 8), calls),
+                "W2A8 g128": graph(ternary(per_group, 8), calls),
+                "W2A16 row": graph(ternary(per_row, 0), calls),
+                "W2A16 g128": graph(ternary(per_group, 0), calls),
             }
-            times = time_alternately(graphs, copies)
-            base = times.pop("F.linear")
-            cells = " | ".join(f"{time:.1f} ({base / time:.2f}x)" for time in times.values())
-            rows.append(f"| {out_features} x {columns} | {tokens} | {base:.1f} | {cells} |")
-    return rows
+            found = time_alternately(graphs, calls)
+            base = found.pop("F.linear")
+            cells = " | ".join(f"{duration:.1f} ({base / duration:.2f}x)" for duration in found.values())
+            yield f"| {out_features} x {columns} | {tokens} | {base:.1f} | {cells} |"
+
+
+def lines() -> Iterator[str | bool]:
+    """The report line by line, then whether every error was within its tolerance."""
+    yield "Largest relative RMS error against the reference, M = 1, 3, 17, 130:"
+    yield ""
+    yield "| out x in | scales | dtype | W2A16 | W2A8 | dx | |"
+    yield "|---|---|---|---|---|---|---|"
+    passed = True
+    for row, good in errors():
+        yield row
+        passed &= good
+    yield ""
+    yield "Microseconds per call (and times faster than bf16 `F.linear`), bf16 activations, CUDA graphs, median of 15:"
+    yield ""
+    yield "| out x in | M | F.linear | W2A8 row | W2A8 g128 | W2A16 row | W2A16 g128 |"
+    yield "|---|---|---|---|---|---|---|"
+    yield from times()
+    yield passed
+
+
+PARTS = {
+    "ternary": ("# Ternary operators on a GPU", lines, "gpu.md"),
+    "sparse": ("# Sparse operators on a GPU", gpu_sparse.lines, "gpu_sparse.md"),
+}
+
+
+def run(part: str) -> bool:
+    """Print and write one part; whether it passed."""
+    title, produce, name = PARTS[part]
+    machine = f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}."
+    report = [title, "", f"{machine} Written by `python benchmarks/gpu_check.py --part {part}`.", ""]
+    print(*report, sep="\n", flush=True)
+    started, passed = time.monotonic(), False
+    for line in produce():
+        if isinstance(line, bool):
+            passed = line
+            continue
+        report.append(line)
+        print(line, flush=True)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / name).write_text("\n".join(report) + "\n")
+    print(f"\n{part}: {'passed' if passed else 'FAILED'} in {time.monotonic() - started:.0f} s\n", flush=True)
+    return passed
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--part", choices=PARTS, help="only this part")
+    part = parser.parse_args().part
     if not torch.cuda.is_available():
         print("gpu_check: PyTorch finds no GPU on this machine, so there is nothing to check.", file=sys.stderr)
         return 1
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = False
-    errors, passed = check()
-    lines = [
-        "# Ternary operators on a GPU",
-        "",
-        f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}. Written by `python benchmarks/gpu_check.py`.",
-        "",
-        "Largest relative RMS error against the reference, M = 1, 3, 17, 130:",
-        "",
-        "| out x in | scales | dtype | W2A16 | W2A8 | dx | |",
-        "|---|---|---|---|---|---|---|",
-        *errors,
-        "",
-        "Microseconds per call (and times faster than bf16 `F.linear`), bf16 activations, CUDA graphs, median of 15:",
-        "",
-        "| out x in | M | F.linear | W2A8 row | W2A8 g128 | W2A16 row | W2A16 g128 |",
-        "|---|---|---|---|---|---|---|",
-        *measure(),
-    ]
-    text = "\n".join(lines) + "\n"
-    print(text)
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(text)
-    return 0 if passed else 1
+    return 0 if all(list(map(run, [part] if part else PARTS))) else 1
 
 
 if __name__ == "__main__":

@@ -3,16 +3,22 @@
 A packed layer is frozen, but the gradient passes through it to its input, so low-rank adapters train on top:
 
     y = packed(x) + scaling * B A x
+    y = (W + scaling * M ∘ (B A)) x             sparse layers, M being the mask of kept weights
 
     model = AutoModelForCausalLM.from_pretrained("slim-folder")
     adapted = get_peft_model(prepare_for_training(model), LoraConfig(target_modules="all-linear"))
     ...                                                   # train with any loop or the Transformers Trainer
     adapted.save_pretrained("adapter")                    # the adapter alone, as PEFT users expect
-    dense = adapted.merge_and_unload()                    # an ordinary dense model, or
-    packed = merge_and_repack(adapted)                    # packed again, with a loss: see packed.slim_report
+    merged = adapted.merge_and_unload()                   # ternary layers: dense, sparse layers: sparse as before; or
+    packed = merge_and_repack(adapted)                    # all packed again, with a loss: see packed.slim_report
 
-The dense model equals the adapted one up to rounding where packed layers are weight-only. Where they quantize their
-inputs to int8, it differs by that rounding of the inputs, which a dense layer does not do.
+What `merge_and_unload` gives depends on the layers. A ternary layer has no values to add to, so it becomes dense, and
+with it the whole model an ordinary one. It equals the adapted one up to rounding where packed layers are weight-only;
+where they quantize their inputs to int8, it differs by that rounding of the inputs, which a dense layer does not do.
+A sparse layer takes the adapter into its kept values and stays sparse and packed: the same index, other values, and
+the model saves and reloads as before. Where both kinds are in one model, it stays a slim one with the merged ternary
+layers dense. Sparse layers of codes (`bits`) keep their grid, on which most of a small change is lost; a warning says
+how much.
 
 PEFT learns of packed layers when this module is imported, or later when PEFT is; it is never imported from here.
 """
@@ -27,6 +33,7 @@ from transformers import PreTrainedModel
 
 from .packed import PackedLinear, linear_weight, model_bytes
 from .report import Report
+from .sparse import SparseLinear
 from .step import LinearStep, StepReport, layer_row, matches
 
 
@@ -65,10 +72,11 @@ def merge_and_repack(adapted) -> PreTrainedModel:
 
     Packing anew rounds the merged weights, so part of what the adapter learned is lost: `model.slim_report` states,
     for each packed layer, ||Q - W||² / ||W||² between what is stored now and the exactly merged weight W. Layers
-    without an adapter keep their bytes; adapters on dense layers are merged exactly.
+    without an adapter keep their bytes; adapters on dense layers are merged exactly. Sparse layers keep their mask,
+    and with `bits` their grid: nothing is pruned again, so they need no data.
 
     Args:
-        adapted (`PeftModel`): LoRA over a model packed by steps that need no data.
+        adapted (`PeftModel`): LoRA over a model packed by steps that need no data, or sparse.
 
     Returns:
         The packed model without adapters; it saves and reloads like the one before.
@@ -89,7 +97,7 @@ def merge_and_repack(adapted) -> PreTrainedModel:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedLoraLinear)}
     if not layers:
         raise ValueError("no packed layer carries an adapter; for a dense model call merge_and_unload()")
-    before, steps = model_bytes(model), {name: _packing_step(model, name) for name in layers}
+    before, steps = model_bytes(model), {name: _packing_step(model, name, layer) for name, layer in layers.items()}
     packed = {name: _repack(name, layer, steps[name]) for name, layer in layers.items()}
     for name, (module, _) in packed.items():
         model.set_submodule(name, module)
@@ -102,11 +110,11 @@ def merge_and_repack(adapted) -> PreTrainedModel:
     return model
 
 
-def _packing_step(model, name: str) -> LinearStep:
+def _packing_step(model, name: str, layer: "PackedLoraLinear") -> LinearStep:  # noqa: F821
     """The recorded step that packed layer `name`: the first that does not leave it dense."""
-    steps = [step for step in model.config.quantization_config.steps if isinstance(step, LinearStep)]
+    steps = [s for s in model.config.quantization_config.steps if isinstance(s, LinearStep) and s.packed]
     step = next(step for step in steps if not matches(name, step.modules_to_not_convert or ()))
-    if step.needs_data:
+    if step.needs_data and not isinstance(layer.base_layer, SparseLinear):
         raise ValueError(
             f"{name} was packed by {step.name}, which needs calibration data to pack it again; call "
             f"model = adapted.merge_and_unload() and then slim(model, {step.name!r}, data=...)"
@@ -115,12 +123,15 @@ def _packing_step(model, name: str) -> LinearStep:
 
 
 def _repack(name: str, layer: "PackedLoraLinear", step: LinearStep) -> tuple[PackedLinear, dict]:  # noqa: F821
-    """The merged layer packed by `step`, and its row for the report; `layer` is left as it was."""
+    """The merged layer packed by `step`, or sparse as it was, and its row for the report; `layer` is left alone."""
     was_merged = layer.merged
     if not was_merged:
         layer.merge(safe_merge=True)
     try:
         linear = layer.base_layer
+        if isinstance(linear, SparseLinear):
+            exact = layer.exact_weight(layer.packed, layer.merged_adapters)
+            return linear.train(layer.training), layer_row(name, linear, exact)
         packed = step.for_layer(name).empty(linear)
         packed.load_packed(step.pack(name, linear_weight(linear)))
         if linear.bias is not None:

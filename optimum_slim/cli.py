@@ -4,6 +4,9 @@
 
 `optimum-cli` loads this file by path for each of its commands, so it imports nothing heavier than argparse; what the
 commands do is in commands.py. What a user did wrong is printed as one line, `error: ...`, with exit status 2.
+
+A run of one step that packs linear layers is streamed, one decoder layer at a time; started again after it was
+interrupted, it goes on where it was.
 """
 
 import argparse
@@ -47,6 +50,9 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--evaluate", metavar="TEXTFILE", help="measure the model on this text before and after")
     _add_windows(run)
     run.add_argument("--overwrite", action="store_true", help="replace OUT if it exists, once the result is complete")
+    run.add_argument(
+        "--restart", action="store_true", help="forget what an unfinished run for OUT has done; else it goes on"
+    )
 
     inspect = commands.add_parser(
         "inspect", help="draw which layers do little, and the perplexity without them; needs optimum-slim[plot]"
@@ -109,6 +115,9 @@ def execute(args: argparse.Namespace) -> int:
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

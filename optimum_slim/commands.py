@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 import yaml
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM
 
+from .checkpoint import run_folder
 from .config import SlimConfig, as_calibration
 from .evaluate import evaluate, tokenize
 from .figures import check_matplotlib
@@ -22,6 +23,7 @@ from .recipe import slim
 from .report import Report
 from .saving import check_target, save, write_report
 from .step import STEPS, step_from_dict
+from .stream import dense_config, slim_files, streams
 
 
 def run_command(args: argparse.Namespace) -> None:
@@ -38,15 +40,20 @@ def run_command(args: argparse.Namespace) -> None:
     config.tokenizer = tokenizer = load_tokenizer(args.model, **_loaded_as(args))
     if tokenizer is None:
         print(f"{args.model} holds no tokenizer; none is used or saved", file=sys.stderr)
-    model = _slimmed(args, config)
-    report = model.slim_report
-    out = save(model, args.out, tokenizer=tokenizer, overwrite=args.overwrite)
+    try:
+        model = _slimmed(args, config)
+    except BaseException:
+        _say_how_to_go_on(args)
+        raise
+    report, out = model.slim_report, Path(args.out).expanduser().resolve()
     if args.evaluate:
         report.evaluation = evaluation | {"after": _evaluate_apart(args, out, None)}
         write_report(model, out)
     report.show()
     if args.report:
         report.save(args.report)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        print("streamed: one decoder layer at a time was read, packed and written")
     print(f"saved to {out}")
 
 
@@ -147,7 +154,8 @@ def _fields(pairs: list[str]) -> dict:
 
 
 def _dry_run(args: argparse.Namespace, config: SlimConfig) -> None:
-    model_config = _model_config(args)
+    extra = {"gguf_file": args.gguf_file} if args.gguf_file else {}
+    model_config = dense_config(args.model, trust_remote_code=args.trust_remote_code, **extra)
     dtype = model_config.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     notes = (
         [] if dtype else ["config.json names no dtype; dense weights are counted at 16 bits, pass --dtype if not so"]
@@ -158,30 +166,30 @@ def _dry_run(args: argparse.Namespace, config: SlimConfig) -> None:
             model_config, dtype=dtype, trust_remote_code=args.trust_remote_code or None
         )
     model.tie_weights()
-    laid_out = plan(model, config)
+    laid_out = plan(model, config, streamed=not args.gguf_file and streams(config))
     laid_out.notes += notes
     laid_out.show()
 
 
-def _model_config(args: argparse.Namespace) -> PreTrainedConfig:
-    extra = {"gguf_file": args.gguf_file} if args.gguf_file else {}
-    config = AutoConfig.from_pretrained(args.model, trust_remote_code=args.trust_remote_code or None, **extra)
-    quantization = getattr(config, "quantization_config", None) or {}
-    quantization = quantization if isinstance(quantization, dict) else quantization.to_dict()
-    if quantization.get("quant_method") == "slim":
-        raise ValueError(f"{args.model} is a slimmed model already; start from the dense model it was made from")
-    return config
-
-
 def _slimmed(args: argparse.Namespace, config: SlimConfig):
-    if args.gguf_file:
-        model = load_model(args.model, dtype=args.dtype, **_loaded_as(args))
-        slim(model, config.steps, data=config.calibration, tokenizer=config.tokenizer, then=config.then)
-        return model
-    _model_config(args)
-    return AutoModelForCausalLM.from_pretrained(
-        args.model, quantization_config=config, dtype=args.dtype, trust_remote_code=args.trust_remote_code or None
-    )
+    """Slim and save; returns the model."""
+    if not args.gguf_file:
+        settings = {"trust_remote_code": args.trust_remote_code, "restart": args.restart, "overwrite": args.overwrite}
+        return slim_files(args.model, config, args.out, dtype=args.dtype, **settings)
+    model = load_model(args.model, dtype=args.dtype, **_loaded_as(args))
+    report = slim(model, config.steps, data=config.calibration, tokenizer=config.tokenizer, then=config.then)
+    report.note("this run needed the whole model in memory: a GGUF file is read at once")
+    save(model, args.out, tokenizer=config.tokenizer, overwrite=args.overwrite)
+    return model
+
+
+def _say_how_to_go_on(args: argparse.Namespace) -> None:
+    folder = run_folder(Path(args.out).expanduser().resolve())
+    if folder.is_dir():
+        print(
+            f"What is finished is kept in {folder}: the same command goes on from there, --restart starts over.",
+            file=sys.stderr,
+        )
 
 
 def _loaded_as(args: argparse.Namespace) -> dict:

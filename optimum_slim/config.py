@@ -80,14 +80,18 @@ def as_then(then: Any) -> BitsAndBytesConfig | None:
 
 def check_order(steps: tuple[Step, ...], then: BitsAndBytesConfig | None) -> None:
     """Raise a `ValueError` for an order of steps that cannot work, naming the one that does."""
-    packed = None
+    packed = sparse = None
     for number, step in enumerate(steps):
-        if step.before_packing and packed is not None:
+        if step.before_packing and packed is not None and not (step.trains and packed.takes_adapters):
             raise ValueError(
                 f"{step.name} changes ordinary weights and layers, and {packed.name} has packed them before it; put "
                 f"{step.name} before {packed.name}"
             )
-        if isinstance(step, LinearStep):
+        if sparse is not None and step.trains:
+            step.check_sparse(packed=sparse.packed, bits=sparse.bits)
+        if isinstance(step, LinearStep) and step.takes_adapters:
+            sparse = step
+        if isinstance(step, LinearStep) and step.packed and (packed is None or packed.takes_adapters):
             packed = step
         if step.needs_teacher and number == 0:
             raise ValueError(

@@ -7,6 +7,7 @@ must be the same for the rest of the run to be the rest of this run, and is read
 """
 
 import hashlib
+import json
 import logging
 import os
 import pickle
@@ -55,7 +56,7 @@ class Journal:
             os.replace(self.path, aside)
             logger.warning("Starting over: the journal %s is damaged (%s); it is kept as %s.", self.path, error, aside)
             return None
-        if different := _differences(fingerprint, self.fingerprint):
+        if different := differences(fingerprint, self.fingerprint):
             raise ValueError(
                 f"the journal {self.path} belongs to another run: {'; '.join(different)}. Go on with what it was "
                 "written for, or remove it (or give another folder) to start over."
@@ -70,17 +71,44 @@ class Journal:
             hashing = _HashingWriter(file)
             torch.save({"fingerprint": self.fingerprint, "entry": entry}, hashing)
             file.write(hashing.digest.digest())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, self.path)
-        if hasattr(os, "O_DIRECTORY"):  # POSIX: the new name reaches the disk with its folder
-            folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
-            os.fsync(folder)
-            os.close(folder)
+        put_in_place(part, self.path)
 
     def remove(self) -> None:
         """Forget the entry."""
         self.path.unlink(missing_ok=True)
+
+
+def put_in_place(part: Path, path: Path) -> None:
+    """Give a finished file its name, once its bytes are on the disk: at every moment there is a whole file or none."""
+    with open(part, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(part, path)
+    if hasattr(os, "O_DIRECTORY"):  # POSIX: the new name reaches the disk with its folder
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+def write_record(path: Path, entry: Any) -> None:
+    """Write JSON data with their checksum in one atomic step."""
+    text = json.dumps(entry)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest(), "entry": entry}), "utf-8")
+    put_in_place(part, path)
+
+
+def read_record(path: Path) -> Any:
+    """What `write_record` wrote; `None` if the file is not there or is damaged, the latter with a warning."""
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        if hashlib.sha256(json.dumps(found["entry"]).encode()).hexdigest() == found["sha256"]:
+            return found["entry"]
+    except (ValueError, KeyError, TypeError):
+        pass
+    logger.warning("%s is damaged; what it records is done again.", path)
+    return None
 
 
 def digest(tensors: Iterable[tuple[str, Tensor]], *, values: bool = True, start: bytes = b"") -> str:
@@ -123,7 +151,7 @@ def _load(path: Path) -> dict[str, Any]:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
     """One phrase for each entry that differs, digests without their value."""
     phrases = []
     for key in dict.fromkeys([*theirs, *ours]):

@@ -17,6 +17,7 @@ from .flops import Flops, flops_per_token
 from .fourbit import stored_bits_per_weight
 from .packed import linear_shape, model_bytes
 from .report import megabytes, show
+from .states import STATES_LIMIT
 from .step import STEPS, LinearStep, Step, matches
 from .walk import decoder_layers
 
@@ -113,8 +114,11 @@ class Plan:
         return [*lines, f"{where} adds {before.attention:.3g} -> {after.attention:.3g}"]
 
 
-def plan(model: nn.Module, config: SlimConfig) -> Plan:
+def plan(model: nn.Module, config: SlimConfig, *, streamed: bool = False) -> Plan:
     """Lay the recipe of `config` out on `model`, which must be on the meta device and is changed.
+
+    Args:
+        streamed: the run reads, packs and writes one decoder layer at a time.
 
     Raises:
         ValueError: the recipe cannot work on this model, as it would in the run itself.
@@ -124,6 +128,7 @@ def plan(model: nn.Module, config: SlimConfig) -> Plan:
         bytes_before=model_bytes(model),
         flops_before=flops_per_token(model),
     )
+    skeleton, layer = _skeleton_and_layer(model) if streamed else (0, 0)
     asked = {pattern for step in config.steps for pattern in getattr(step, "modules_to_not_convert", None) or ()}
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     tied = {key.removesuffix(".weight") for pair in tied.items() for key in pair}
@@ -154,6 +159,8 @@ def plan(model: nn.Module, config: SlimConfig) -> Plan:
         shape = tuple(module.weight.shape) if isinstance(module, nn.Embedding) else linear_shape(module)
         result.dense.append((name, shape, why))
     _estimate_memory(result, model, config, largest, unquantized)
+    if streamed:
+        _estimate_streamed(result, model, config, largest, skeleton, layer)
     return result
 
 
@@ -230,6 +237,33 @@ def _estimate_memory(result: Plan, model: nn.Module, config: SlimConfig, largest
         result.notes.append(
             "training adds what it trains in fp32, gradients and optimizer state for it, and the activations of a "
             "batch; these are not in the peak memory"
+        )
+
+
+def _skeleton_and_layer(model: nn.Module) -> tuple[int, int]:
+    """Bytes of what lies outside the decoder layers, and of the largest decoder layer."""
+    layers = [sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in decoder_layers(model)[1]]
+    return model_bytes(model) - sum(layers), max(layers)
+
+
+def _estimate_streamed(result: Plan, model, config: SlimConfig, largest: int, skeleton: int, layer: int) -> None:
+    (step,) = config.steps
+    result.peak_memory = skeleton + 2 * layer + WORK_COPIES * 4 * largest
+    what = "the work on one linear layer; decoder layers are read, packed and written one at a time"
+    if step.needs_data:
+        row = model.config.get_text_config().hidden_size * torch.empty(0, dtype=model.dtype).element_size()
+        tokens = config.calibration.samples * config.calibration.length
+        widest = max((shape[1] for _, _, shape, _ in result.touched), default=0)
+        streams = 2 if step.asymmetric else 1
+        result.peak_memory += streams * (min(tokens * row, STATES_LIMIT) + 4 * widest**2)
+        what = (
+            f"hidden states of {tokens:,} calibration tokens (beyond {megabytes(streams * STATES_LIMIT)} in a file), "
+            f"Gram matrices and {what}"
+        )
+    result.peak_memory_of = f"embeddings and head, two decoder layers, {what}"
+    if step.needs_data and isinstance(config.calibration.source, str) and config.calibration.source == "model":
+        result.notes.append(
+            "drawing the samples from the model itself maps all its files; those pages make room when memory is short"
         )
 
 

@@ -1,4 +1,4 @@
-"""`slim()`: run a recipe on a model in memory. A recipe is a list of steps, and their order is their meaning."""
+"""`slim()`: run a recipe on a model. A recipe is a list of steps, and their order is their meaning."""
 
 import hashlib
 import importlib.metadata
@@ -13,6 +13,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from .calibration import Calibration
 from .config import SlimConfig, as_calibration
 from .fourbit import finish
+from .loading import load_tokenizer
 from .memory import shared_copy
 from .packed import PackedLinear, model_bytes
 from .report import Report
@@ -20,35 +21,65 @@ from .sampling import cache_dir, fingerprint
 from .step import Step, StepReport, step_from_dict
 
 
-def slim(model, steps, data=None, tokenizer=None, then=None) -> Report:
-    """Slim `model` in place and report what was done.
+def slim(model, steps, data=None, tokenizer=None, then=None, *, out=None, **files) -> Report:
+    """Slim `model`, in place if it is in memory, or from files to files, and report what was done.
+
+    A model given by its folder or Hub id is streamed if the recipe is one step that packs linear layers: one decoder
+    layer at a time is read, packed, written and given back, so that the memory needed is that of the embeddings and
+    the head, two decoder layers, and the hidden states of the calibration tokens. A run that was killed goes on where
+    it stopped when it is started again in the same way. Other recipes, and checkpoints that cannot be read layer by
+    layer, load the whole model, and the report says why.
+
+    Calibration samples drawn from the model itself need the whole model for a while; its weights stay mapped files
+    then, whose pages make room when memory is short. Samples are kept, and drawn once.
 
     Args:
-        model (`PreTrainedModel`): a dense model, on any device.
+        model (`PreTrainedModel`, `str` or `Path`): a dense model, on any device, or the local folder or Hub id of one.
         steps: a `Step`, a step's name, the path of a YAML recipe, or a list of steps, names and dicts.
         data (`Calibration` or any source it takes, *optional*): calibration for the steps that need it; by default
             the recipe's own, else samples drawn from the model itself.
         tokenizer (*optional*): for calibration text; by default the one saved beside the model.
         then (`BitsAndBytesConfig`, *optional*): quantizes the model after the last step.
+        out (`str` or `Path`): folder to create for the result, with a model given by its folder or id.
+        **files: with a model given by its folder or id, `dtype` and `trust_remote_code` as for `from_pretrained`;
+            `restart=True` forgets what an unfinished run has done; `overwrite=True` replaces `out`;
+            `states_limit` is the number of bytes of hidden states to keep in memory (512 MiB, for asymmetric
+            calibration twice that), the others go to a file.
 
     Returns:
-        `Report`: also kept as `model.slim_report`.
+        `Report`: also kept as `model.slim_report`, or in `out`.
 
     Raises:
         `ValueError`, `TypeError`: a recipe, model or calibration source that cannot work, said before anything is
-            changed where it can be known before.
+            changed where it can be known before; an unfinished run for `out` that is another one.
+        `FileExistsError`: `out` exists and is not empty.
+        `OSError`: the disk is full (what was finished is kept), or another process is at work on `out`.
 
     Example:
 
         report = slim(model, [PT2LLM()], data=Calibration(samples=32))
         model.save_pretrained("slim")
+
+        slim("path/of/a/large/model", [PT2LLM()], data=Calibration(samples=32), out="slim")
     """
+    calibration = None if data is None else as_calibration(data)
+    if isinstance(model, (str, Path)):
+        if out is None:
+            raise ValueError(f"slimming the files of {str(model)!r} needs the folder to write to: pass out=...")
+        from .stream import slim_files  # it runs recipes with this module
+
+        trust = files.get("trust_remote_code", False)
+        tokenizer = tokenizer or load_tokenizer(model, trust_remote_code=trust)
+        config = SlimConfig(steps, calibration=calibration, tokenizer=tokenizer, then=then)
+        return slim_files(model, config, out, **files).slim_report
+    if out is not None or files:
+        given = sorted(files) if out is None else ["out", *sorted(files)]
+        raise TypeError(f"{given} are for a model given by its folder or id; save(model, ...) writes one in memory")
     if getattr(model.config, "quantization_config", None) is not None:
         raise ValueError(
             f"this model is quantized already ({getattr(model, 'quantization_method', 'unknown method')}); "
             "call model.dequantize() first or load it dense"
         )
-    calibration = None if data is None else as_calibration(data)
     config = SlimConfig(steps, calibration=calibration, tokenizer=tokenizer, then=then)
     before = model_bytes(model)
     recorded, reports = run_steps(model, config.steps, config)

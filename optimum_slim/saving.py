@@ -61,7 +61,7 @@ def save(
     out.parent.mkdir(parents=True, exist_ok=True)
     needed = stored_bytes(model) + SPARE_BYTES
     if shutil.disk_usage(out.parent).free < needed:
-        raise _disk_full(out.parent, needed)
+        raise disk_full(out.parent, needed)
     partial = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.partial"
     partial.mkdir()
     try:
@@ -70,10 +70,10 @@ def save(
         model.name_or_path = model.name_or_path or str(repo_id or out)
         model.config._name_or_path = model.name_or_path
     except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) != errno.ENOSPC and "No space left" not in str(error):
+        if not is_disk_full(error):
             raise
         shutil.rmtree(partial, ignore_errors=True)
-        raise _disk_full(out.parent, needed) from error
+        raise disk_full(out.parent, needed) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return out
@@ -155,6 +155,13 @@ def _write(model, folder: Path, tokenizer, report: Report | None, max_shard_size
         _save_with_adapter(model, folder, name, shards)
     else:
         model.save_pretrained(folder, **shards)
+    write_rest(model, folder, tokenizer, report, repo_id=repo_id)
+
+
+def write_rest(
+    model, folder: Path, tokenizer=None, report: Report | None = None, *, repo_id: str | None = None
+) -> None:
+    """Write what belongs beside the weights and the config in `folder`: tokenizer, report and model card."""
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     report = report or getattr(model, "slim_report", None)
@@ -208,10 +215,16 @@ def take_place(partial: Path, out: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _disk_full(folder: Path, needed: int) -> OSError:
+def is_disk_full(error: OSError | SafetensorError) -> bool:
+    """Whether the disk being full is what went wrong."""
+    return getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+
+
+def disk_full(folder: Path, needed: int, kept: str = "nothing was written") -> OSError:
+    """The error to raise when `needed` bytes do not fit on the disk of `folder`; `kept` says what is there now."""
     free = shutil.disk_usage(folder).free
     return OSError(
         errno.ENOSPC,
         f"the model needs {needed:,} bytes ({megabytes(needed)}) and the disk of {folder} has {free:,} free "
-        f"({megabytes(free)}); nothing was written. Free some space or choose another folder",
+        f"({megabytes(free)}); {kept}. Free some space or choose another folder",
     )

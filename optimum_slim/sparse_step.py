@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from .affine import AffineGrid
-from .hessian import Hessian
 from .packed import PackedLinear, linear_shape, linear_weight
 from .sparse import SparseLinear
 from .sparsity import Pattern, outlier_ratio, owl_shares
@@ -33,7 +32,8 @@ class SparseStep(LinearStep):
         sparsity (`float` or `str`): share of the weights to drop, or `"n:m"` to keep n of every m columns of a row.
         bits (`int`, *optional*): 2 to 8, also quantizes the kept weights to so many bits.
         group_size (`int`, *optional*): columns of a row that share a scale, with `bits`; by default the whole row.
-        allocation (`str`): `"uniform"`, or `"owl"` to drop fewer weights in decoder layers with many outliers.
+        allocation (`str`): `"uniform"`, the default, or `"owl"` to drop fewer weights in decoder layers with many
+            outliers.
         owl_threshold, owl_band: OWL's M, an outlier being M times the mean score, and λ, the most by which a layer's
             share differs from `sparsity`.
         layers (`tuple[int, int]`, *optional*): first decoder layer to prune, and the first one after it not to.
@@ -46,7 +46,7 @@ class SparseStep(LinearStep):
     sparsity: float | str = 0.5
     bits: int | None = None
     group_size: int | None = None
-    allocation: str = "uniform"
+    allocation: str | None = None
     owl_threshold: float = 5.0
     owl_band: float = 0.08
     layers: tuple[int, int] | None = None
@@ -57,6 +57,8 @@ class SparseStep(LinearStep):
 
     def __post_init__(self):
         pattern = Pattern.parse(self.sparsity)
+        if self.allocation is None:
+            object.__setattr__(self, "allocation", self.usual_allocation(pattern))
         if self.allocation not in ALLOCATIONS:
             raise ValueError(f"allocation must be one of {ALLOCATIONS}, found {self.allocation!r}")
         if (self.allocation == "owl" or self.shares is not None) and pattern.of:
@@ -79,6 +81,10 @@ class SparseStep(LinearStep):
             or not 0 <= self.layers[0] < self.layers[1]
         ):
             raise ValueError(f"layers is (first, stop) with 0 <= first < stop, found {self.layers!r}")
+
+    def usual_allocation(self, pattern: Pattern) -> str:
+        """What `allocation` is if it is not given."""
+        return "uniform"
 
     @property
     def needs_data(self) -> bool:
@@ -193,7 +199,5 @@ class SparseStep(LinearStep):
 
 
 def _wanda_scores(block, modules: dict[str, nn.Module]) -> Iterator[Tensor]:
-    for group in block.gram_groups(modules, sequential=False):
-        norms = group.gram.diagonal().sqrt()
-        for name in group.names:
-            yield linear_weight(modules[name]).detach().float().abs() * norms
+    for name, squares in block.square_means(modules).items():
+        yield linear_weight(modules[name]).detach().float().abs() * squares.sqrt()

@@ -114,37 +114,3 @@ def owl_shares(ratios: list[float], sizes: list[int], share: float, band: float)
     spread = [2 * band * (ratio - low) / (high - low) if high > low else 0.0 for ratio in ratios]
     mean = sum(s * size for s, size in zip(spread, sizes, strict=True)) / sum(sizes)
     return tuple(round(min(max(share - (s - mean), 0.01), 0.99), 4) for s in spread)
-
-
-def refit(weight: Tensor, target: Tensor, mask: Tensor, hessian: Tensor, iterations: int) -> Tensor:
-    """The kept weights that come closest to `target` in the layer's outputs, every row by itself (least squares).
-
-    Minimizes tr((T - Q) H (T - Q)ᵀ) over Q that is 0 where `mask` is true by conjugate gradients with the diagonal of H
-    as preconditioner, starting from `weight`: the last step of ALPS (arXiv 2406.07831, Section 3.3).
-
-    Args:
-        weight, target: (out, in).
-        mask: bool (out, in), true where a weight is dropped.
-        hessian: positive definite (in, in).
-        iterations: most steps; 10 in the paper.
-    """
-    kept = ~mask
-    diagonal = hessian.diagonal()
-    solution = weight * kept
-    residual = ((target - solution) @ hessian).mul_(kept)
-    scaled = residual / diagonal
-    direction = scaled.clone()
-    product = (residual * scaled).sum(1, keepdim=True)
-    floor = 1e-12 * product
-    for _ in range(iterations):
-        image = (direction @ hessian).mul_(kept)
-        curvature = (direction * image).sum(1, keepdim=True)
-        step = torch.where(curvature > 0, product / curvature, 0)
-        solution.addcmul_(step, direction)
-        residual.addcmul_(step, image, value=-1)
-        scaled = residual / diagonal
-        previous, product = product, (residual * scaled).sum(1, keepdim=True)
-        if bool((product <= floor).all()):
-            break
-        direction.mul_(torch.where(previous > 0, product / previous, 0)).add_(scaled)
-    return solution

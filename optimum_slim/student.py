@@ -1,4 +1,4 @@
-"""A pruned model made ready for training, and an ordinary model again afterwards.
+"""A pruned model made ready for training, and what it was before, ordinary or packed, again afterwards.
 
 Nothing here writes into a tensor that the model came with: the teacher may hold the same one.
 """
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .packed import PackedLinear
+from .sparse import SparseLinear
+from .sparse_training import set_weight
 from .walk import decoder_layers
 
 
@@ -54,9 +56,12 @@ def require_peft() -> None:
 
 
 def add_adapters(
-    model: nn.Module, targets: str | list[str], *, rank: int, alpha: int | None, dropout: float
+    model: nn.Module, targets: str | list[str], *, rank: int, alpha: int | None, dropout: float, rounded: bool
 ) -> list[tuple[str, nn.Module]]:
-    """Put LoRA layers, with fp32 weights, into `model`; returns them by the name of the layer they wrap."""
+    """Put LoRA layers, with fp32 weights, into `model`; returns them by the name of the layer they wrap.
+
+    With `rounded`, those over sparse layers of codes multiply by the rounded weights that a merge gives.
+    """
     from peft import LoraConfig
     from peft.tuners.lora import LoraLayer
 
@@ -70,15 +75,30 @@ def add_adapters(
     model.add_adapter(config)
     adapted = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
     for _, layer in adapted:
+        if isinstance(layer.get_base_layer(), SparseLinear):
+            layer.rounded = rounded
         for parameter in layer.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
     return adapted
 
 
+def put_back_unused(model: nn.Module, originals: dict[str, nn.Module], adapted: list[tuple[str, nn.Module]]) -> bool:
+    """Undo the stand-ins (`sparse_stand_ins`) that got no adapter, frozen; returns whether others are left."""
+    for name in originals.keys() - {name for name, _ in adapted}:
+        model.set_submodule(name, originals.pop(name).requires_grad_(False))
+    return bool(originals)
+
+
 @torch.no_grad()
 def merge_delta(linear: nn.Module, delta: Tensor) -> None:
-    """Add `delta`, of the weight's shape, in fp32; the weight becomes a new tensor in its old dtype."""
+    """Add `delta`, of the weight's shape, in fp32; the weight becomes a new tensor in its old dtype.
+
+    A sparse layer takes a masked delta (out, in) into its kept values, rounded to its grid if it has one.
+    """
+    if isinstance(linear, SparseLinear):
+        set_weight(linear, linear.dense().add_(delta.float()))
+        return
     weight = linear.weight
     merged = (weight.float() + delta.to(weight.device).float()).to(weight.dtype)
     linear.weight = nn.Parameter(merged, weight.requires_grad)

@@ -150,6 +150,21 @@ class Block:
         for name, module in unseen.items():
             yield Group([name], torch.zeros((linear_shape(module)[1],) * 2, device=_device(module)), 0)
 
+    def square_means(self, modules: dict[str, nn.Module]) -> dict[str, Tensor]:
+        """The mean of x² over the tokens that enter each module, fp32 (in,); modules no token reached are left out."""
+        sums: dict[str, Tensor] = {}
+        counts = dict.fromkeys(modules, 0)
+
+        def accumulate(name: str, x: Tensor) -> None:
+            squares = x.reshape(-1, x.shape[-1]).float().square()
+            sums[name] = sums.get(name, 0) + squares.sum(0)
+            counts[name] += len(squares)
+
+        with input_hooks(modules, accumulate):
+            for batch in range(len(self.inputs)):
+                self._run(batch)
+        return {name: total / counts[name] for name, total in sums.items() if counts[name]}
+
     def _run(self, batch: int, *, original: bool = False) -> Any:
         """Call the layer on one batch, in evaluation mode and without an autograd graph."""
         args, kwargs = self.arguments[batch]
@@ -245,7 +260,8 @@ def walk(
         batch_size: Samples per forward pass.
         reference: Follow the hidden states of the unslimmed model as well.
         visiting: Makes the context in which the layer of this index is visited; it ends once the hidden states have
-            passed through the edited layer.
+            passed through the edited layer. If it has a method `states`, that makes the empty sequences in which the
+            hidden states are kept, else they are lists.
 
     Returns:
         An iterator of blocks. Edit `block.layer` (or replace it in the stack) before asking for the next block.
@@ -262,9 +278,13 @@ def walk(
 
 def _walk(model, batches, reference: bool, visiting) -> Iterator[Block]:
     name, stack = decoder_layers(model)
+    states = getattr(visiting, "states", list)
+    hidden, references = states(), None
     with visiting(0):
-        hidden, arguments = _capture(model, stack, batches)
-    references = list(hidden) if reference else None
+        arguments = _capture(model, stack, batches, hidden)
+    if reference:
+        references = states()
+        references.extend(hidden)
     for index in range(len(stack)):
         with visiting(index):
             original = shared_copy(stack[index]) if reference else None
@@ -275,9 +295,11 @@ def _walk(model, batches, reference: bool, visiting) -> Iterator[Block]:
                 block.advance()
 
 
-def _capture(model: PreTrainedModel, stack: nn.ModuleList, batches: tuple[Tensor, ...]) -> tuple[list, list]:
-    """The hidden states entering the first layer, and for each batch each layer's other arguments."""
-    hidden, arguments = [], []
+def _capture(
+    model: PreTrainedModel, stack: nn.ModuleList, batches: tuple[Tensor, ...], hidden: MutableSequence[Tensor]
+) -> list[list[tuple[tuple, dict]]]:
+    """Each layer's arguments for each batch; the hidden states entering the first layer are added to `hidden`."""
+    arguments = []
     kept: list[Tensor] = []  # masks and rotary embeddings, which most batches have in common
     decoder = model.get_decoder()
     device = model.get_input_embeddings().weight.device
@@ -292,7 +314,7 @@ def _capture(model: PreTrainedModel, stack: nn.ModuleList, batches: tuple[Tensor
             )
         hidden.append(recorded[0][0].to("cpu"))
         arguments.append(_shared([(args, kwargs) for _, args, kwargs in recorded], kept, {}))
-    return hidden, arguments
+    return arguments
 
 
 @contextmanager

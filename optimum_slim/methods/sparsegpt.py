@@ -14,14 +14,17 @@ from the weights as they are by then. ½ Σ e² is exactly half the output error
 operation: its threshold drops one weight more in each block, and all that equal it. The default, `"improved"`, adds
 what measured better, each of which can be switched on and off for any variant:
 
+* `pursuit`: exchange dropped weights for kept ones where that lowers the output error (hard thresholding pursuit).
 * `refit`: SparseGPT only ever looks to the right, so that its weights are not the best ones for the mask it found;
-  least squares on the final mask is (the last step of ALPS, arXiv 2406.07831).
+  least squares on the final mask gives those (the last step of ALPS, arXiv 2406.07831). With `bits`, the columns are
+  then run through once more, the mask being fixed, to round these best weights with feedback.
 * `asymmetric`: fit each layer to what it did on the inputs of the unslimmed model (GPTAQ, arXiv 2504.02692).
-* `allocation="owl"`: drop fewer weights where outliers are many (OWL, arXiv 2310.05175).
+* `allocation="owl"`: drop fewer weights where outliers are many (OWL, arXiv 2310.05175), for shares.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -31,16 +34,14 @@ from torch import Tensor
 
 from ..affine import AffineGrid, nearest
 from ..hessian import MAX_DAMPENING, Hessian
+from ..least_squares import pursue, refit
 from ..sparse_step import SparseStep
-from ..sparsity import Pattern, lowest, lowest_in_groups, refit, select
+from ..sparsity import Pattern, lowest, lowest_in_groups, select
 from ..step import register
 
 
-VARIANTS = {  # refit, asymmetric, sequential
-    "improved": (10, 0.25, True),
-    "paper": (0, 0.0, False),
-    "official": (0, 0.0, False),
-}
+DECIDED = ("pursuit", "refit", "asymmetric", "sequential")
+VARIANTS = {"improved": (5, 10, 0.25, True), "paper": (0, 0, 0.0, False), "official": (0, 0, 0.0, False)}
 LEAF = 16  # columns eliminated one by one before their updates are put together
 FEW_TOKENS = 128  # with fewer, a layer (a rarely used expert) is pruned by magnitude
 
@@ -59,8 +60,9 @@ class SparseGPT(SparseStep):
         blocksize (`int`): columns for which an unstructured mask is chosen together.
         dampening (`float`): share of the mean diagonal added to that of the Gram matrix; raised tenfold, up to 1, for
             as long as the matrix cannot be factorized.
+        pursuit (`int`): most rounds by which the mask is improved.
         refit (`int`): most steps of conjugate gradients by which the kept weights are fitted to the final mask; 0 keeps
-            SparseGPT's own. Not with `bits`, whose codes already make up for one another.
+            SparseGPT's own.
         asymmetric (`float`): how far each layer's target moves from its own weights to those that do on the inputs
             behind the pruned layers what the layer did in the unslimmed model; 0 for the paper, 1 for all the way.
         sequential (`bool`): measure the inputs of each layer behind what was pruned before it in the same decoder
@@ -74,6 +76,7 @@ class SparseGPT(SparseStep):
     variant: str = "improved"
     blocksize: int = 128
     dampening: float = 0.01
+    pursuit: int | None = None
     refit: int | None = None
     asymmetric: float | None = None
     sequential: bool | None = None
@@ -86,7 +89,7 @@ class SparseGPT(SparseStep):
         pattern = Pattern.parse(self.sparsity)
         if self.variant not in VARIANTS:
             raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, found {self.variant!r}")
-        for name, default in zip(("refit", "asymmetric", "sequential"), VARIANTS[self.variant], strict=True):
+        for name, default in zip(DECIDED, VARIANTS[self.variant], strict=True):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
         if (
@@ -99,11 +102,14 @@ class SparseGPT(SparseStep):
             )
         if not 0 < self.dampening <= MAX_DAMPENING:
             raise ValueError(f"dampening must be above 0 and at most {MAX_DAMPENING}, found {self.dampening!r}")
-        if not 0 <= self.asymmetric <= 1 or type(self.refit) is not int or self.refit < 0:
-            raise ValueError(
-                f"asymmetric must lie in [0, 1] and refit be an integer of at least 0; found {self.asymmetric!r} and "
-                f"{self.refit!r}"
-            )
+        for name in ("pursuit", "refit"):
+            if type(getattr(self, name)) is not int or getattr(self, name) < 0:
+                raise ValueError(f"{name} must be an integer of at least 0, found {getattr(self, name)!r}")
+        if not 0 <= self.asymmetric <= 1:
+            raise ValueError(f"asymmetric must lie in [0, 1], found {self.asymmetric!r}")
+
+    def usual_allocation(self, pattern):
+        return "owl" if self.variant == "improved" and not pattern.of and self.shares is None else "uniform"
 
     def share(self, group) -> Hessian | Tensor | None:
         if group.tokens < FEW_TOKENS:
@@ -119,29 +125,37 @@ class SparseGPT(SparseStep):
         return row
 
     def prune(self, weight: Tensor, shared: Hessian | Tensor | None) -> tuple[Tensor, Tensor]:
-        pattern = Pattern.parse(self.sparsity)
-        if shared is None:
-            mask = select(weight.abs(), pattern)
-            return weight.masked_fill(mask, 0), mask
-        if self.variant == "official":
-            pruned, mask = official(weight, shared, pattern, self.blocksize, self.dampening)
-            shared = Hessian(shared, self.dampening) if self.refit else None
-        else:
-            pruned, mask, _ = eliminate(weight, shared, pattern, self.blocksize)
-        if self.refit:
-            pruned = refit(pruned, weight, mask, shared.matrix, self.refit)
+        pruned, mask, _ = self._prune(weight, shared)
         return pruned, mask
 
     def prune_to_codes(self, weight: Tensor, shared: Hessian | Tensor | None) -> tuple[Tensor, Tensor, AffineGrid]:
         if shared is None:
             return super().prune_to_codes(weight, shared)
-        grid = AffineGrid.fit(weight, self.bits, self.group_size)
-        pattern = Pattern.parse(self.sparsity)
+        if not (self.pursuit or self.refit):
+            grid = AffineGrid.fit(weight, self.bits, self.group_size)
+            pruned, mask, _ = self._prune(weight, shared, grid)
+            return grid.codes(pruned), mask, grid
+        pruned, mask, hessian = self._prune(weight, shared)
+        grid = AffineGrid.fit(pruned, self.bits, self.group_size, search=True)
+        pruned, mask, _ = eliminate(pruned, hessian, Pattern.parse(self.sparsity), self.blocksize, grid, mask)
+        return grid.codes(pruned), mask, grid
+
+    def _prune(self, weight, shared, grid: AffineGrid | None = None) -> tuple[Tensor, Tensor, Hessian | None]:
+        pattern, hessian = Pattern.parse(self.sparsity), shared
+        if shared is None:
+            mask = select(weight.abs(), pattern)
+            return weight.masked_fill(mask, 0), mask, None
         if self.variant == "official":
             pruned, mask = official(weight, shared, pattern, self.blocksize, self.dampening, grid)
+            hessian = Hessian(shared, self.dampening) if self.pursuit or self.refit else None
         else:
             pruned, mask, _ = eliminate(weight, shared, pattern, self.blocksize, grid)
-        return grid.codes(pruned), mask, grid
+        if self.pursuit:
+            choose = functools.partial(select, pattern=pattern)
+            pruned, mask = pursue(pruned, weight, mask, hessian.matrix, choose, self.pursuit)
+        if self.refit:
+            pruned = refit(pruned, weight, mask, hessian.matrix, self.refit)
+        return pruned, mask, hessian
 
 
 def eliminate(

@@ -12,8 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..hessian import Hessian
+from ..least_squares import refit
 from ..sparse_step import SparseStep
-from ..sparsity import Pattern, refit, select
+from ..sparsity import Pattern, select
 from ..step import register
 
 

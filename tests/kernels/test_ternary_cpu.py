@@ -216,14 +216,14 @@ print(json.dumps([kernels.backend_report()["cpu"], messages, len(maps)]))
 def run_fresh(tmp_path, **environment):
     clean = {k: v for k, v in os.environ.items() if k not in ("CC", "OPTIMUM_SLIM_CPU", "XDG_CACHE_HOME")}
     clean |= {"OPTIMUM_SLIM_CACHE": str(tmp_path), **environment}
-    package = build.SOURCE.parent
+    package = build.FOLDER
     clean["PYTHONPATH"] = str(package.parent)
     command = [sys.executable, "-c", PROGRAM, package.name]
     return subprocess.run(command, env=clean, capture_output=True, text=True, check=False)
 
 
 def bundled():
-    return build.SOURCE.with_name(build.library_name()).exists()
+    return (build.FOLDER / build.library_name()).exists()
 
 
 @pytest.mark.slow
@@ -264,7 +264,9 @@ def test_source_compiles_without_warnings(tmp_path, flags):
     if compiler is None:
         pytest.skip("needs a C compiler")
     command = [compiler, *flags, "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", "-o", str(tmp_path / "t.so")]
-    result = subprocess.run([*command, str(build.SOURCE), "-lm"], capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [*command, *map(str, build.sources()), "-lm"], capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stderr
 
 
@@ -275,8 +277,8 @@ def test_compiler_without_openmp_or_broken(tmp_path):
     picky = tmp_path / "picky-cc"
     picky.write_text(f'#!/bin/sh\ncase "$*" in *-fopenmp*) exit 1;; esac\nexec {compiler} "$@"\n')
     picky.chmod(0o755)
-    build.compile_library(str(picky), tmp_path / "ternary-test.so")
-    library = cpu._bind(tmp_path / "ternary-test.so")
+    build.compile_library(str(picky), tmp_path / "test.so")
+    library = cpu._bind(tmp_path / "test.so")
     assert library.slim_has_openmp() == 0
     broken = tmp_path / "broken-cc"
     broken.write_text("#!/bin/sh\necho 'no headers' >&2\nexit 1\n")

@@ -1,4 +1,4 @@
-"""Run triton_numerics.py in Triton's interpreter, in a process of its own, and report each of its cases here.
+"""Run triton_numerics.py and sparse_triton_numerics.py in Triton's interpreter, each in a process of its own.
 
 The interpreter must be switched on before Triton is imported and cannot be switched off again, so these cases cannot
 share a process with the compile tests.
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 
-FILE = Path(__file__).with_name("triton_numerics.py")
+FILES = ["triton_numerics.py", "sparse_triton_numerics.py"]
 
 pytestmark = [
     pytest.mark.slow,
@@ -22,10 +22,12 @@ pytestmark = [
 ]
 
 
-def test_kernels_match_the_reference(record_property):
+@pytest.mark.parametrize("name", FILES)
+def test_kernels_match_the_reference(name, record_property):
+    file = Path(__file__).with_name(name)
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", str(FILE), "-q", "-rA", "--tb=short", "-p", "no:cacheprovider"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=FILE.parents[2], timeout=600)
+    command = [sys.executable, "-m", "pytest", str(file), "-q", "-rA", "--tb=short", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=file.parents[2], timeout=600)
     cases = [line for line in done.stdout.splitlines() if line.startswith(("PASSED ", "FAILED ", "ERROR "))]
     failed = [line for line in cases if not line.startswith("PASSED ")]
     record_property("cases", len(cases))

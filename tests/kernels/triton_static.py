@@ -65,12 +65,13 @@ def compile_launch(kernel, arguments: dict, target: GPUTarget):
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        is_one = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or is_one:
             signature[parameter.name], constants[(i,)] = "constexpr", value
             continue
         is_tensor = isinstance(value, torch.Tensor)
         signature[parameter.name] = _TYPES[value.dtype] if is_tensor else "i32"
-        if (value.data_ptr() if is_tensor else value) % 16 == 0:
+        if not parameter.do_not_specialize and (value.data_ptr() if is_tensor else value) % 16 == 0:
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(
@@ -83,17 +84,18 @@ def measure(compiled, *, weights: int = 0, multiplications: int = 0) -> Figures:
 
     Args:
         weights: codes that one program decodes per step of the hot loop, for `per_weight`.
-        multiplications: products of that step, to see how often the compiler unrolled the loop.
+        multiplications: products of that step, to see how often the compiler unrolled the loop; 0 for a kernel without
+            matrix instructions, whose longest loop is then the hot one, one step long.
     """
     amd = "amdgcn" in compiled.asm
     threads = compiled.metadata.num_warps * (64 if amd else 32)
     text, registers, spills = _amd(compiled.asm["amdgcn"]) if amd else _nvidia(compiled.asm["cubin"])
     matrix = _MATRIX.findall(text)
     named = _MATRIX.search(text)
-    loop = _hot_loop(text, amd)
+    loop = _hot_loop(text, amd, longest=multiplications == 0)
     found = [[int(part) for part in match if part] for match in _MATRIX.findall("\n".join(loop))]
-    per_weight = None
-    if weights and found:
+    per_weight = len(loop) * threads / weights if weights and not multiplications else None
+    if weights and multiplications and found:
         warp_level = threads // 32 if not amd else threads // 64
         products = sum(m * n * k for m, n, k in found)
         groups = warp_level / 4 if "GMMA" in named.group() else warp_level
@@ -123,8 +125,11 @@ def _amd(text: str) -> tuple[str, int, int]:
     return text, int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1]), spills
 
 
-def _hot_loop(text: str, amd: bool) -> list[str]:
-    """The instructions of the loop that does most matrix work and loads from global memory, else an empty list."""
+def _hot_loop(text: str, amd: bool, longest: bool) -> list[str]:
+    """The instructions of the loop that does most matrix work and loads from global memory, else an empty list.
+
+    Of several loops with as much matrix work it is the shortest, or the longest where there is none in the kernel.
+    """
     lines, positions, loops = [], {}, []
     for line in text.splitlines():
         label = re.match(r"(\.LBB\w+):", line)
@@ -143,4 +148,6 @@ def _hot_loop(text: str, amd: bool) -> list[str]:
                 loops.append(lines[first:])
     loads = re.compile(r"\bLDG|UTMALDG|global_load|buffer_load")
     loops = [loop for loop in loops if loads.search("\n".join(loop))]
+    if longest:
+        return max(loops, key=len, default=[])
     return max(loops, key=lambda loop: (len(_MATRIX.findall("\n".join(loop))), -len(loop)), default=[])

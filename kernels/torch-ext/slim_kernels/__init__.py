@@ -8,13 +8,13 @@ from .reference import (
     ternary_linear_reference,
     unpack_ternary,
 )
+from .sparse_cpu import sparse_dense
 from .sparse_ops import sparse_linear, sparse_linear_dx
 from .sparse_reference import (
     index_bytes,
     pack_codes,
     pack_mask,
     pack_values,
-    sparse_dense,
     sparse_linear_dx_reference,
     sparse_linear_reference,
     unpack_mask,

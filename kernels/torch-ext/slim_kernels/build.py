@@ -1,4 +1,4 @@
-"""Build `ternary.c` into a shared library. Standard library only: setup.py uses this file before torch is there."""
+"""Build the C files here into one shared library. Standard library only: setup.py uses this before torch is there."""
 
 import hashlib
 import os
@@ -10,20 +10,25 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
-SOURCE = Path(__file__).with_name("ternary.c")
+FOLDER = Path(__file__).parent
 FLAGS = ("-O3", "-std=c11", "-fPIC", "-shared", "-fno-math-errno", "-ffp-contract=off")
 
 
 class CompilerMissing(RuntimeError):
-    """No C compiler, or none that builds the kernel."""
+    """No C compiler, or none that builds the kernels."""
+
+
+def sources() -> list[Path]:
+    """The C files that make up the library; headers are found by the compiler."""
+    return sorted(FOLDER.glob("*.c"))
 
 
 def library_name(*build: str) -> str:
-    """File name of the library: a digest of the source and of what built it, so that a stale one is never loaded."""
-    digest = hashlib.sha256(b"".join(file.read_bytes() for file in (SOURCE, *sorted(SOURCE.parent.glob("*.h")))))
+    """File name of the library: a digest of the sources and of what built it: a stale one is never loaded."""
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in (*sources(), *sorted(FOLDER.glob("*.h")))))
     for part in build:
         digest.update(b"\0" + part.encode())
-    return f"ternary-{digest.hexdigest()[:16]}.so"
+    return f"slim_kernels-{digest.hexdigest()[:16]}.so"
 
 
 def compilers() -> Iterator[str]:
@@ -38,17 +43,17 @@ def compile_library(compiler: str, target: Path) -> None:
     """Build `target` with OpenMP, or without if the compiler has none; it appears complete or not at all.
 
     Raises:
-        CompilerMissing: the compiler cannot build the source; the message ends with what it said.
+        CompilerMissing: the compiler cannot build the sources; the message ends with what it said.
     """
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         built = Path(folder) / target.name
         for openmp in (("-fopenmp",), ()):
-            command = [compiler, *FLAGS, *openmp, "-o", str(built), str(SOURCE), "-lm"]
+            command = [compiler, *FLAGS, *openmp, "-o", str(built), *map(str, sources()), "-lm"]
             result = subprocess.run(command, capture_output=True, text=True, check=False)
             if result.returncode == 0:
                 built.replace(target)
                 return
-    raise CompilerMissing(f"{compiler} cannot build {SOURCE.name}: {result.stderr.strip()[-300:]}")
+    raise CompilerMissing(f"{compiler} cannot build the C kernels: {result.stderr.strip()[-300:]}")
 
 
 def cache_folder() -> Path:
@@ -64,7 +69,7 @@ def find_or_build_library() -> Path:
         CompilerMissing: there is no compiler, or none builds it.
         OSError: the cache folder cannot be written.
     """
-    bundled = SOURCE.with_name(library_name())
+    bundled = FOLDER / library_name()
     if bundled.exists():
         return bundled
     problem: Exception = CompilerMissing("no C compiler found (looked for $CC, cc, gcc, clang)")

@@ -125,7 +125,7 @@ static inline float bias_at(const Problem *p, int64_t row) {
 }
 
 /* A pointer to packed row `row` from which 63 bytes past its end may be read. */
-static const uint8_t *readable_row(const Problem *p, int64_t row, uint8_t *copy) {
+static inline const uint8_t *readable_row(const Problem *p, int64_t row, uint8_t *copy) {
     const uint8_t *source = p->weight + row * p->columns;
     if ((p->rows - row - 1) * p->columns >= 63) return source;
     memcpy(copy, source, (size_t)p->columns);

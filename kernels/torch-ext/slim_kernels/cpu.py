@@ -1,4 +1,4 @@
-"""The C kernel (`ternary.c`) behind the CPU implementation: load the library, call it.
+"""The C kernels behind the CPU implementations: load the library, call `ternary.c`; `sparse_cpu.py` calls `sparse.c`.
 
 The library is loaded on first use, after torch, so that both share one OpenMP pool. It is looked for next to this
 file (built with the wheel), then in the cache folder, where it is compiled once with the C compiler of the machine.
@@ -43,6 +43,8 @@ def _bind(path: Path) -> ctypes.CDLL:
     library.slim_ternary_linear.argtypes = [pointer] * 6 + [size] * 5 + [integer] * 3
     library.slim_dequantize.argtypes = [pointer] * 4 + [size] * 6 + [integer] * 2
     library.slim_dequantize.restype = None
+    library.slim_sparse_linear.argtypes = [pointer] * 9 + [size] + [integer] * 2
+    library.slim_sparse_dense.argtypes = [pointer] * 7 + [size] * 2 + [integer] * 2
     library.slim_use_isa.restype = None
     return library
 
@@ -62,7 +64,7 @@ def load_library() -> tuple[ctypes.CDLL | None, str, str]:
         library = _bind(path)
     except (CompilerMissing, OSError) as error:
         warnings.warn(
-            f"optimum-slim runs ternary layers in plain PyTorch, which is slow: {error}. Install a C compiler "
+            f"optimum-slim runs packed layers in plain PyTorch, which is slow: {error}. Install a C compiler "
             "(apt install gcc, or xcode-select --install) and start again; it is used once.",
             stacklevel=3,
         )

@@ -46,16 +46,6 @@ def sparse_linear_dx_fallback(dy: Tensor, *arguments) -> Tensor:
     return sparse_linear_dx_reference(dy, *arguments)
 
 
-def sparse_linear_checked_cpu(x: Tensor, *arguments) -> Tensor:
-    _check_linear(x, *arguments)
-    return sparse_linear_cpu(x, *arguments)
-
-
-def sparse_linear_dx_checked_cpu(dy: Tensor, *arguments) -> Tensor:
-    _check_dx(dy, *arguments)
-    return sparse_linear_dx_cpu(dy, *arguments)
-
-
 def sparse_linear_cuda(x: Tensor, *arguments) -> Tensor:
     from .sparse_triton import sparse_linear_triton
 
@@ -105,9 +95,9 @@ def sparse_linear_autograd(x: Tensor, *arguments) -> Tensor:
 torch.library.register_fake("optimum_slim::sparse_linear", sparse_linear_fake, lib=_library)
 torch.library.register_fake("optimum_slim::sparse_linear_dx", sparse_linear_dx_fake, lib=_library)
 _library.impl("sparse_linear", sparse_linear_autograd, "Autograd")
-_library.impl("sparse_linear", sparse_linear_checked_cpu, "CPU")
+_library.impl("sparse_linear", sparse_linear_cpu, "CPU")
 _library.impl("sparse_linear", sparse_linear_cuda, "CUDA")
 _library.impl("sparse_linear", sparse_linear_fallback, "CompositeExplicitAutograd")
-_library.impl("sparse_linear_dx", sparse_linear_dx_checked_cpu, "CPU")
+_library.impl("sparse_linear_dx", sparse_linear_dx_cpu, "CPU")
 _library.impl("sparse_linear_dx", sparse_linear_dx_cuda, "CUDA")
 _library.impl("sparse_linear_dx", sparse_linear_dx_fallback, "CompositeExplicitAutograd")

@@ -18,11 +18,12 @@ Which columns of a row are kept is said in one of two forms, both uint8 of shape
 
 The kept values follow one another in the order of their columns, row after row:
 
-    values (`bits == 0`)    fp32, bf16 or fp16. The same number in every row: (out, kept). Otherwise one flat tensor, and
+    values (`bits == 0`)    fp32, bf16 or fp16. As many in every row: (out, kept). Otherwise one flat tensor, and
                             `rows`, int32 (out + 1,), holds where each row starts.
     codes (`bits` 2 to 8)   uint8; each row is a stream of `bits`-bit codes c, low bits first, padded to whole bytes:
-                            (out, bytes), or flat with `rows` in bytes. A kept weight is scale * (c - zero), with scale
-                            and zero (out, ceil(in / group_size)) of its row and group of columns.
+                            (out, bytes), or flat with `rows` in bytes and whatever padding after the last row. A kept
+                            weight is scale * (c - zero), with scale and zero (out, ceil(in / group_size)) of its row
+                            and group of columns.
 
 All other weights are 0. A kept weight may be 0 as well.
 """
@@ -224,7 +225,7 @@ def check_sparse_arguments(
     for name, (found, shapes) in expected.items():
         if found is not None and shapes is not None and tuple(found) not in shapes:
             raise ValueError(
-                f"sparse_linear got {name} of shape {tuple(found)}; for {columns} inputs and {outs} outputs it must be "
+                f"sparse_linear got {name} of shape {tuple(found)}; for {columns} inputs, {outs} outputs it must be "
                 f"{shapes[0]}."
             )
     if not keep and len(values[0]) != (2 if rows is None else 1):
@@ -267,7 +268,7 @@ def _unpack_codes(values: Tensor, rows: Tensor | None, counts: Tensor, bits: int
         sizes = rows.diff()
         inside = torch.arange(int(sizes.max()), device=values.device) < sizes[:, None]
         padded = values.new_zeros(inside.shape)
-        padded[inside] = values
+        padded[inside] = values[: int(sizes.sum())]
         values = padded
     stream = (values[:, :, None] & values.new_tensor(_POWERS)).ne(0).flatten(1)
     codes = stream[:, : stream.shape[1] // bits * bits].unflatten(1, (-1, bits))
