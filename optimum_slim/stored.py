@@ -3,8 +3,9 @@
 A safetensors file starts with 8 bytes (little-endian length of the header) and a JSON header that names each tensor
 with its dtype, shape and byte range. Reading the headers is enough to count what is stored; no tensor is loaded.
 
-A linear layer counts as packed when its `weight` is uint8 and a `weight_scale` lies beside it. Its stored bits are
-those of `weight` and of every `weight_*` companion (scales, offsets); its weights are out_features * in_features.
+A linear layer counts as packed when its `weight` is uint8 and a `weight_scale` or `weight_values` lies beside it. Its
+stored bits are those of `weight` and of every `weight_*` companion (scales, offsets, values); its weights are
+out_features * in_features.
 """
 
 import json
@@ -47,7 +48,8 @@ def stored_bits(path: str | Path) -> StoredBits:
     """Count the stored bits of the safetensors model in folder `path` (or of one file).
 
     The number of output rows comes from the scale, (out_features, groups), or from the bias; a layer with one scale
-    and no bias is taken to have 4 rows for each packed row, at most 3 too many.
+    and no bias is taken to have 4 rows for each packed row, at most 3 too many. A sparse layer's columns come from its
+    index, rounded up to whole bytes of it.
 
     Raises:
         FileNotFoundError: no safetensors file there.
@@ -60,6 +62,7 @@ def stored_bits(path: str | Path) -> StoredBits:
     tensors = {name: entry for file in files for name, entry in read_header(file).items()}
     packed_bytes = packed_weights = dense_bytes = dense_weights = 0
     packed = {name.removesuffix("weight") for name in tensors if _is_packed(name, tensors)}
+    per_byte = _columns_per_index_byte(files[0].parent)
     for name, entry in tensors.items():
         begin, end = entry["data_offsets"]
         prefix, _, leaf = name.rpartition(".")
@@ -67,7 +70,9 @@ def stored_bits(path: str | Path) -> StoredBits:
         if prefix in packed and (leaf == "weight" or leaf.startswith("weight_")):
             packed_bytes += end - begin
             if leaf == "weight":
-                packed_weights += _out_features(prefix, tensors) * entry["shape"][1]
+                rows, width = entry["shape"]
+                sparse = f"{prefix}weight_values" in tensors
+                packed_weights += rows * width * per_byte if sparse else _out_features(prefix, tensors) * width
         else:
             dense_bytes += end - begin
             dense_weights += _count(entry["shape"])
@@ -116,8 +121,15 @@ def _is_packed(name: str, tensors: dict) -> bool:
         name.rpartition(".")[2] == "weight"
         and tensors[name]["dtype"] == "U8"
         and len(tensors[name]["shape"]) == 2
-        and f"{name}_scale" in tensors
+        and (f"{name}_scale" in tensors or f"{name}_values" in tensors)
     )
+
+
+def _columns_per_index_byte(folder: Path) -> int:
+    """Columns that a byte of a sparse layer's index stands for: 16 where the recorded recipe keeps 1 of 4, else 8."""
+    config = folder / "config.json"
+    recipe = json.loads(config.read_text(encoding="utf-8")).get("quantization_config", {}) if config.is_file() else {}
+    return 16 if any(step.get("sparsity") == "1:4" for step in recipe.get("steps", ())) else 8
 
 
 def _out_features(prefix: str, tensors: dict) -> int:

@@ -236,9 +236,9 @@ def _write_rest(model, run: Checkpoint, tokenizer) -> None:
     rest = run.path / "rest"
     shutil.rmtree(rest, ignore_errors=True)
     shards = {run.file(index) for index in range(run.layers)}
-    for file in run.model.iterdir():
-        if file.name not in shards:  # what a run that was killed here has left
-            file.unlink()
+    for path in run.model.iterdir():
+        if path.name not in shards:  # what a run that was killed here has left
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     hidden = decoder_layers(model)[1].register_state_dict_post_hook(_leave_out)
     try:
         model.save_pretrained(rest, max_shard_size=ONE_FILE)

@@ -73,11 +73,9 @@ class WeightFiles:
     @classmethod
     def find(cls, model: str | Path) -> "WeightFiles | None":
         """The safetensors files of a local folder or (downloaded) of a Hub id, `None` if it has none."""
-        index = _file(model, SAFE_WEIGHTS_INDEX_NAME)
-        single = _file(model, SAFE_WEIGHTS_NAME)
-        if single is not None:
+        if (single := _file(model, SAFE_WEIGHTS_NAME)) is not None:
             return cls([single])
-        if index is None:
+        if (index := _file(model, SAFE_WEIGHTS_INDEX_NAME)) is None:
             return None
         names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
         files = [_file(model, name) for name in names]

@@ -95,7 +95,12 @@ def test_recipes_in_examples_load():
     from optimum_slim import SlimConfig
 
     names = {path.name: [step.name for step in SlimConfig.from_yaml(path).steps] for path in RECIPES}
-    assert names == {"bitnet.yaml": ["bitnet"], "shallow.yaml": ["depth", "heal"], "ternary.yaml": ["pt2llm"]}
+    assert names == {
+        "bitnet.yaml": ["bitnet"],
+        "shallow.yaml": ["depth", "heal"],
+        "sparse.yaml": ["sparsegpt"],
+        "ternary.yaml": ["pt2llm"],
+    }
 
 
 RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))

@@ -13,6 +13,7 @@ from test_walk import MODELS, tiny_model
 from transformers import AutoModelForCausalLM
 
 from optimum_slim import PT2LLM, BitNet, Calibration, Depth, Magnitude, SlimConfig, SparseGPT, Wanda, save, slim
+from optimum_slim.checkpoint import run_folder
 from optimum_slim.layer_packing import LayerPacking
 from optimum_slim.skeleton import CannotStream, check_layers, load_skeleton
 from optimum_slim.states import HiddenStates
@@ -86,6 +87,32 @@ def test_every_architecture_gives_what_memory_gives(tmp_path, model_type):
 def test_every_kind_of_step_gives_what_memory_gives(tmp_path, name):
     in_memory, streamed = run_both(dense(tmp_path), STEPS[name])
     assert_same_result(in_memory, streamed)
+
+
+def test_linear_layers_outside_the_decoder_layers(tmp_path):
+    source = dense(tmp_path, "opt", word_embed_proj_dim=16)
+    in_memory, streamed = run_both(source, BitNet(force=True))
+    assert_same_result(in_memory, streamed)
+    assert tensors(streamed)["model.decoder.project_in.weight"].dtype == torch.uint8
+    with pytest.raises(ValueError, match=r"lie outside model.decoder.layers: \['model.decoder.project_out'"):
+        slim(source, TERNARY, data=TOKENS, out=tmp_path / "out")
+    assert not run_folder(tmp_path / "out").exists()
+
+
+def test_a_checkpoint_in_the_cache_of_the_hub(tmp_path, monkeypatch):
+    """Offline, sharded, and asked for by its id."""
+    source = dense(tmp_path)
+    repository = tmp_path / "hub" / "models--someone--something"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.parent.mkdir(parents=True)
+    source.rename(snapshot)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    files = WeightFiles.find("someone/something")
+    assert {file.parent for file in files.files} == {snapshot}
+    model = tiny_model("llama", torch.bfloat16)
+    assert all(torch.equal(files.read(name), parameter) for name, parameter in model.named_parameters())
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])

@@ -24,7 +24,7 @@ from .sparse_reference import sparse_dense as sparse_dense_reference
 SPARSE_PATHS = ("portable", "avx2", "avx512vbmi2", "avx512bf16")
 # From this many tokens on, making chunks of rows dense for PyTorch is faster than multiplying packed rows.
 _DENSE_TOKENS = 25
-_SCRATCH_BYTES = 2 << 20
+_SCRATCH_BYTES = 4 << 20
 
 
 def sparse_path() -> str:
@@ -102,6 +102,15 @@ def sparse_linear_cpu(
     return y
 
 
+def check_outputs(dy: Tensor, weight: Tensor) -> None:
+    """Raise ValueError if the gradient `dy` is not one of the outputs of `weight`."""
+    if not dy.dim() or dy.shape[-1] != weight.shape[0]:
+        raise ValueError(
+            f"sparse_linear_dx got dy of shape {tuple(dy.shape)}; for weight of shape {tuple(weight.shape)} the last "
+            f"number must be {weight.shape[0]}."
+        )
+
+
 def sparse_linear_dx_cpu(
     dy: Tensor,
     weight: Tensor,
@@ -117,9 +126,8 @@ def sparse_linear_dx_cpu(
     """`sparse_linear_dx_reference` for CPU tensors: the dense matrix exists a few rows at a time."""
     packed = (weight, values, rows, scale, zero)
     _plan(columns, dy.dtype, keep, bits, group_size, *map(_describe, packed), None)
+    check_outputs(dy, weight)
     outs = weight.shape[0]
-    if (dy.shape[-1] if dy.dim() else 0) != outs:
-        raise ValueError(f"sparse_linear_dx got dy of shape {tuple(dy.shape)} for {outs} outputs.")
     if load_library()[0] is None or weight.numel() == 0:
         return sparse_linear_dx_reference(dy, *packed, columns, keep, bits, group_size)
     packed, gradient = _contiguous(packed), dy.reshape(-1, outs).float()

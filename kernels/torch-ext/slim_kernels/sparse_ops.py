@@ -6,7 +6,7 @@ The gradient flows to the input only: ``dx = dy @ W``. Backward keeps the packed
 import torch
 from torch import Tensor
 
-from .sparse_cpu import sparse_linear_cpu, sparse_linear_dx_cpu
+from .sparse_cpu import check_outputs, sparse_linear_cpu, sparse_linear_dx_cpu
 from .sparse_reference import check_sparse_arguments, sparse_linear_dx_reference, sparse_linear_reference
 
 
@@ -34,6 +34,7 @@ def _check_dx(dy, *arguments) -> None:
     *tensors, columns, keep, bits, group_size = arguments
     described = [None if tensor is None else (tensor.shape, tensor.dtype) for tensor in tensors]
     check_sparse_arguments(columns, dy.dtype, *described, None, keep, bits, group_size)
+    check_outputs(dy, tensors[0])
 
 
 def sparse_linear_fallback(x: Tensor, *arguments) -> Tensor:

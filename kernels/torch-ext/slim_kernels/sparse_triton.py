@@ -24,11 +24,11 @@ from .triton import DECODE_TOKENS, _before_ampere, _speaks_ptx
 from .triton_kernels import sum_splits_kernel
 
 
-FEW_TOKENS = 4
+FEW_TOKENS = 2
 """Up to this many tokens the products are made on the ordinary cores, above it by `tl.dot`."""
 
-TARGET_WARPS = 4096
-"""Warps that keep a data-centre GPU (H100: 132 multiprocessors) waiting for memory only; K is split to reach it."""
+TARGET_WARPS = 2048
+"""Warps that keep a data-centre GPU (H100: 132 multiprocessors) busy; K is split where the rows give less than half."""
 
 _BLOCK_SUM = 1024
 
@@ -50,14 +50,12 @@ class SparseTiles:
 
 def choose_sparse_tiles(tokens: int, outs: int, columns: int, *, nvidia: bool) -> SparseTiles:
     """Tile sizes for (tokens, columns) times (outs, columns); `tokens` 0 is the expansion to a dense matrix."""
-    if tokens == 0:
-        size, rows, elements, warps = 0, 4, 16, 1
-    elif tokens <= FEW_TOKENS:
-        size, rows, elements, warps = tokens if tokens < 3 else 4, 4, 32, 1
+    if tokens <= FEW_TOKENS:
+        rows = 4 if outs >= 8192 else 2 if outs >= 4096 else 1
+        size, elements, warps = tokens, 128 // rows, 1
     else:
         size, rows, elements, warps = 8 if nvidia and tokens <= 8 else 16, 16, 16, 2
-    programs = triton.cdiv(outs, rows)
-    splits = min(triton.cdiv(TARGET_WARPS, programs * warps), triton.cdiv(columns, 16 * elements))
+    splits = min(max(1, TARGET_WARPS // (triton.cdiv(outs, rows) * warps)), triton.cdiv(columns, 16 * elements))
     return SparseTiles(size, rows, elements, warps, splits)
 
 

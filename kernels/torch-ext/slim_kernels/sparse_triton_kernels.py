@@ -9,7 +9,7 @@ columns of one row, and lanes next to each other own elements next to each other
     positions   2 groups of four columns, each with one or two values at a fixed place: nothing to count.
     codes       a window of 32 bits of the row's stream, cut out of two aligned words, so codes of any width work.
 
-Three kernels share that decoding. Up to 4 tokens `sparse_few_kernel` multiplies in fp32 on the ordinary cores; up to 16
+Three kernels share that decoding. One or two tokens `sparse_few_kernel` multiplies in fp32 on the ordinary cores; up to 16
 `sparse_dot_kernel` rounds the weights to the dtype of x and uses `tl.dot`; for more, and for dx, `sparse_expand_kernel`
 writes the dense matrix. All of them cut K into splits; a split of a bitmask first counts the bits before it.
 """
@@ -294,26 +294,22 @@ def _add_products(total, x, column, K, w0, w1, w2, w3, w4, w5, w6, w7, unit):
 
 
 @triton.jit
-def _store_token(out, total, bias, scale, r, token, M, N, BITS: tl.constexpr, GROUP: tl.constexpr):
-    n = tl.where(token < M, r, N)
+def _store_token(out, total, bias, scale, r, N, BITS: tl.constexpr, GROUP: tl.constexpr):
     result = tl.sum(total, axis=1)
     if BITS > 0 and GROUP == 0:
         result *= tl.load(scale + r, mask=r < N, other=0.0).to(tl.float32)
     if bias is not None:
         result += tl.load(bias + r, mask=r < N, other=0.0).to(tl.float32)
-    tl.store(out + token * N + n, result.to(out.dtype.element_ty), mask=n < N)
+    tl.store(out + r, result.to(out.dtype.element_ty), mask=r < N)
 
 
 @triton.jit
-def _group_numbers(scale, zero, r, column, num_groups, BITS: tl.constexpr, GROUP: tl.constexpr):
-    """(2^23 + zero, scale) of each element's group; of each row, without scale, where GROUP is 0; None for values."""
-    if BITS == 0:
-        return None, None
-    elif GROUP == 0:
-        return tl.load(zero + r)[:, None].to(tl.float32) + 8388608.0, None
+def _group_of(r, column, num_groups, GROUP: tl.constexpr):
+    """Where the scale and zero of each element lie: (rows, elements), or (rows, 1) where GROUP is 0, one a row."""
+    if GROUP > 0:
+        return r[:, None] * num_groups + tl.minimum(column // GROUP, num_groups - 1)
     else:
-        at = r[:, None] * num_groups + tl.minimum(column // GROUP, num_groups - 1)
-        return tl.load(zero + at).to(tl.float32) + 8388608.0, tl.load(scale + at).to(tl.float32)
+        return r[:, None]
 
 
 @triton.jit(do_not_specialize=["M", "num_words", "num_groups"])
@@ -338,7 +334,7 @@ def sparse_few_kernel(
     BITS: tl.constexpr,
     GROUP: tl.constexpr,  # columns of a group, a multiple of 8, or 0: one group a row
     ALIGNED: tl.constexpr,  # the index can be read in words
-    TOKENS: tl.constexpr,  # 1 to 4, at least M
+    TOKENS: tl.constexpr,  # 1 or 2: M
     ROWS: tl.constexpr,
     ELEMENTS: tl.constexpr,  # of eight columns, per step
 ):
@@ -356,35 +352,29 @@ def sparse_few_kernel(
     lane = tl.arange(0, ELEMENTS)[None, :]
     total0 = tl.zeros((ROWS, ELEMENTS), dtype=tl.float32)
     total1 = tl.zeros((ROWS, ELEMENTS), dtype=tl.float32)
-    total2 = tl.zeros((ROWS, ELEMENTS), dtype=tl.float32)
-    total3 = tl.zeros((ROWS, ELEMENTS), dtype=tl.float32)
     words = _element_words(index_rows, (start >> 3) + lane, row_bytes, KEEP, ALIGNED)
     for column in range(start, end, 8 * ELEMENTS):
         element = (column >> 3) + lane
         bits, first, before = _locate(words, element, lane, before, KEEP)
         words = _element_words(index_rows, element + ELEMENTS, row_bytes, KEEP, ALIGNED)
-        origin, unit = _group_numbers(scale, zero, safe_r, element * 8, num_groups, BITS, GROUP)
+        origin, unit = 0.0, None
+        if BITS > 0:
+            group = _group_of(safe_r, element * 8, num_groups, GROUP)
+            origin = tl.load(zero + group).to(tl.float32) + 8388608.0
+            if GROUP > 0:
+                unit = tl.load(scale + group).to(tl.float32)
         w0, w1, w2, w3, w4, w5, w6, w7 = _decode(
             value_rows, skipped_bits, words_left, first, bits, row_length, origin, None, 0.0, KEEP, BITS, tl.float32
         )
         k = element * 8
         total0 = _add_products(total0, x, k, K, w0, w1, w2, w3, w4, w5, w6, w7, unit)
         if TOKENS > 1:
-            row = x + tl.minimum(1, M - 1) * K
-            total1 = _add_products(total1, row, k, K, w0, w1, w2, w3, w4, w5, w6, w7, unit)
-        if TOKENS > 2:
-            row = x + tl.minimum(2, M - 1) * K
-            total2 = _add_products(total2, row, k, K, w0, w1, w2, w3, w4, w5, w6, w7, unit)
-            row = x + tl.minimum(3, M - 1) * K
-            total3 = _add_products(total3, row, k, K, w0, w1, w2, w3, w4, w5, w6, w7, unit)
+            total1 = _add_products(total1, x + K, k, K, w0, w1, w2, w3, w4, w5, w6, w7, unit)
 
     out += tl.program_id(1).to(tl.int64) * M * N
-    _store_token(out, total0, bias, scale, r, 0, M, N, BITS, GROUP)
+    _store_token(out, total0, bias, scale, r, N, BITS, GROUP)
     if TOKENS > 1:
-        _store_token(out, total1, bias, scale, r, 1, M, N, BITS, GROUP)
-    if TOKENS > 2:
-        _store_token(out, total2, bias, scale, r, 2, M, N, BITS, GROUP)
-        _store_token(out, total3, bias, scale, r, 3, M, N, BITS, GROUP)
+        _store_token(out + N, total1, bias, scale, r, N, BITS, GROUP)
 
 
 @triton.jit(do_not_specialize=["M", "num_words", "num_groups"])
@@ -436,7 +426,12 @@ def sparse_dot_kernel(
         words = _element_words(index_rows, element + ELEMENTS, row_bytes, KEEP, ALIGNED)
         k = column + tl.arange(0, 8 * ELEMENTS)[:, None]
         tokens = tl.load(x_rows + k, mask=k < K, other=0.0)
-        origin, unit = _group_numbers(scale, zero, safe_r, element * 8, num_groups, BITS, GROUP)
+        origin, unit = 0.0, None
+        if BITS > 0:
+            group = _group_of(safe_r, element * 8, num_groups, GROUP)
+            origin = tl.load(zero + group).to(tl.float32) + 8388608.0
+            if GROUP > 0:
+                unit = tl.load(scale + group).to(tl.float32)
         w0, w1, w2, w3, w4, w5, w6, w7 = _decode(
             value_rows, skipped_bits, words_left, first, bits, row_length, origin, unit, 0.0, KEEP, BITS, dtype
         )
@@ -495,9 +490,11 @@ def sparse_expand_kernel(
         words = _element_words(index_rows, element + ELEMENTS, row_bytes, KEEP, ALIGNED)
         k = column + tl.arange(0, 8 * ELEMENTS)[None, :]
         if GROUP >= 0:
-            origin, unit = _group_numbers(scale, zero, safe_r, element * 8, num_groups, BITS, GROUP)
-            if BITS > 0 and GROUP == 0:
-                unit = tl.load(scale + safe_r)[:, None].to(tl.float32)
+            origin, unit = 0.0, None
+            if BITS > 0:
+                group = _group_of(safe_r, element * 8, num_groups, GROUP)
+                origin = tl.load(zero + group).to(tl.float32) + 8388608.0
+                unit = tl.load(scale + group).to(tl.float32)
             w0, w1, w2, w3, w4, w5, w6, w7 = _decode(
                 value_rows, skipped_bits, words_left, first, bits, row_length, origin, unit, 0.0, KEEP, BITS, dtype
             )
