@@ -151,8 +151,8 @@ def run(part: str) -> bool:
             continue
         report.append(line)
         print(line, flush=True)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / name).write_text("\n".join(report) + "\n")
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / name).write_text("\n".join(report) + "\n")
     print(f"\n{part}: {'passed' if passed else 'FAILED'} in {time.monotonic() - started:.0f} s\n", flush=True)
     return passed
 

@@ -39,6 +39,10 @@ TOKENS = [1, 4, 16, 128]
 KINDS = {"50%": (0.5, 0), "70%": (0.3, 0), "2:4": (None, 0), "50%+4": (0.5, 4), "2:4+4": (None, 4), "50%+8": (0.5, 8)}
 ROTATED_BYTES = 130e6
 BURST = 8
+BUSY = (
+    "\n\nOther programs kept the processors busy. Figures of one thread are CPU time and hold; those of several "
+    "threads are wall-clock time, which then mostly measures who waited for whom: repeat them on an idle machine."
+)
 FIELDS = ["out", "in", "threads", "tokens", "kind", "bytes_ratio", "dense_us", "sparse_us"]
 FIELDS += ["median_ratio", "min_ratio", "verdict"]
 
@@ -173,6 +177,8 @@ def main() -> None:
     legend = (
         "Above 1 the sparse layer is faster. `bytes_ratio` is what the dense weight takes / what the packed one takes."
     )
+    if os.getloadavg()[0] > os.cpu_count() + 1:
+        legend += BUSY
     (args.out / "sparse_linear.md").write_text(f"{title}\n\n{header}\n\n{legend}\n\n{summary(rows)}\n\n{table}\n")
     print("\n" + summary(rows))
 

@@ -141,7 +141,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, default=DATA / "wiki.test.raw")
     parser.add_argument("--calibration-text", type=Path, default=DATA / "wiki.valid.tokens")
-    parser.add_argument("--rows", nargs="+", default=ROWS)
+    parser.add_argument("--rows", nargs="*", default=ROWS)
+    parser.add_argument("--save-ids", type=Path, help="write the tokens of calibration and test to this file")
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--length", type=int, default=512)
@@ -156,6 +157,10 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = torch.tensor(tokenizer(options.text.read_text(encoding="utf-8"), verbose=False).input_ids)
     options.out.mkdir(parents=True, exist_ok=True)
+    if options.save_ids:
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        text = Calibration(source=str(options.calibration_text), samples=options.samples, length=options.length)
+        torch.save({"calibration": text.tokens(model, tokenizer), "test": ids}, options.save_ids)
     for name in options.rows:
         if options.seconds and time.perf_counter() - start > options.seconds:
             print("out of time before", name)

@@ -31,7 +31,8 @@ def run_command(args: argparse.Namespace) -> None:
     config = _config(args)
     if args.dry_run:
         return _dry_run(args, config)
-    check_target(args.out, overwrite=args.overwrite)
+    if not run_folder(Path(args.out).expanduser().resolve()).is_dir():  # of a run to go on with, which checks itself
+        check_target(args.out, overwrite=args.overwrite)
     if args.report and Path(args.report).suffix.lower() not in (".json", ".csv", ".md"):
         raise ValueError(f"A report cannot be written to {args.report!r}: end the name in .json, .csv, .md.")
     if args.evaluate and not Path(args.evaluate).is_file():

@@ -101,7 +101,7 @@ class SlimQuantizer(HfQuantizer):
         for number, step in enumerate(config.steps):
             if self._cuts_on_load(step, config.steps[number + 1 :]):
                 self._cut_on_load(model, step.resolve(model))
-            elif isinstance(step, LinearStep) and not step.needs_data and step.packed:
+            elif self._packs_on_load(step, config.steps[number + 1 :]):
                 self._pack_on_load(model, step if config.stock is not None else step.resolve(model))
             else:
                 step.resolve(model)  # what cannot work is refused before the weights are read
@@ -114,6 +114,11 @@ class SlimQuantizer(HfQuantizer):
         calibration = self.quantization_config.calibration
         learns = any(s.needs_teacher or (s.needs_data and s.calibration(calibration).source == "model") for s in later)
         return isinstance(step, Depth) and not step.needs_data and not learns
+
+    def _packs_on_load(self, step: Step, later) -> bool:
+        """Whether the step packs tensor by tensor, and no later step needs the model as it was."""
+        taught = any(s.needs_teacher for s in later)
+        return isinstance(step, LinearStep) and step.packed and not step.needs_data and not taught
 
     def _cut_on_load(self, model, step: Depth) -> None:
         kept = self.kept or tuple(range(len(decoder_layers(model)[1])))

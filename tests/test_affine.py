@@ -18,7 +18,7 @@ def test_rounding_is_off_by_half_a_step_at_most(bits, group_size):
     codes = grid.codes(dense)
     size = min(group_size or 40, 40)
     assert grid.scale.shape == grid.zero.shape == (6, -(-40 // size))
-    assert codes.dtype == torch.uint8 and codes.max() < 2**bits
+    assert codes.dtype == torch.uint8 and int(codes.max()) < 2**bits
     scale = grid.scale.repeat_interleave(size, dim=1)[:, :40]
     inside = (grid.values(codes) - dense).abs() <= 0.5 * scale * (1 + 1e-4)
     ends = (codes == 0) | (codes == 2**bits - 1)  # a rounded zero shifts the ends by up to half a step more
@@ -72,10 +72,10 @@ def test_rows_of_zeros_and_constants():
     torch.testing.assert_close(grid.values(grid.codes(dense)), dense, rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("size", [1e-2, 1e-4, 1e-6])
+@pytest.mark.parametrize("size", [1, 1e-1, 1e-2, 1e-3])
 def test_small_weights_are_rounded_as_well_as_large_ones(size):
-    """fp16 scales below 6e-5 are subnormal, and still far better than none."""
+    """8-bit scales of weights around 1e-3 and less are below the normal range of fp16, not below fp16."""
     dense = weight() * size
-    grid = AffineGrid.fit(dense, 4)
+    grid = AffineGrid.fit(dense, 8)
     lost = (grid.values(grid.codes(dense)) - dense).norm() / dense.norm()
-    assert lost < 0.2
+    assert lost < 0.03

@@ -69,6 +69,17 @@ def test_an_error_says_how_to_go_on_and_restart_starts_over(source, tmp_path, mo
     assert kept == [0, 1, 2]
 
 
+def test_a_run_killed_after_its_result_took_its_place_ends_well(source, tmp_path, monkeypatch, capsys):
+    words = ["run", str(source), str(tmp_path / "slim"), *STEP]
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "remove", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert main(words) == 130
+    assert main(words) == 0
+    assert not run_folder(tmp_path / "slim").exists()
+    assert main(words) == 2
+    assert "exists and is not empty" in capsys.readouterr().err
+
+
 def test_other_recipes_say_why_not(source, tmp_path, capsys):
     words = ["--step", "depth", "drop=1", "metric=deepest", "--step", "bitnet", "force=true"]
     assert main(["run", str(source), str(tmp_path / "slim"), *words]) == 0

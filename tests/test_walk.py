@@ -1,5 +1,7 @@
 """walk() must reproduce the model's own forward pass exactly and leave no trace."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from helpers import tiny_llama, token_ids
@@ -300,3 +302,154 @@ def test_skipped_layers_hand_the_hidden_states_through_and_come_back():
     model.model.layers = torch.nn.ModuleList([model.model.layers[0], model.model.layers[3]])
     assert torch.equal(model(ids, use_cache=False).logits, skipped)
     assert not torch.equal(skipped, whole)
+
+
+def edit(layer, factor=0.5):
+    """Replace the linear layers by scaled ones, leaving the parameters that a reference shares alone."""
+    for name, module in linears(layer).items():
+        new = nn.Linear(module.in_features, module.out_features, bias=False)
+        new.weight = nn.Parameter(factor * module.weight.detach())
+        layer.set_submodule(name, new)
+
+
+def inputs_of(model, tokens, suffix):
+    """What enters the modules whose name ends in `suffix`, for each decoder layer: float64 (tokens, in)."""
+    found, handles = [], []
+    for layer in decoder_layers(model)[1]:
+        module = layer.get_submodule(suffix)
+        hook = module.register_forward_pre_hook(lambda module, args: found.append(args[0].flatten(0, 1).double()))
+        handles.append(hook)
+    with torch.no_grad():
+        model(input_ids=tokens, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma3_text", "opt"])
+def test_without_edits_both_streams_are_the_same(model_type, tokens):
+    kinds = (nn.Linear, type(decoder_layers(tiny_model("gpt2"))[1][0].attn.c_attn))
+    for block in walk(tiny_model(model_type), tokens, batch_size=2, reference=True):
+        modules = {name: module for name, module in block.layer.named_modules() if isinstance(module, kinds)}
+        for group in block.gram_groups(modules):
+            torch.testing.assert_close(group.cross, group.gram)
+        assert all(torch.equal(a, b) for a, b in zip(block.inputs, block.references, strict=True))
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+def test_cross_moments_are_those_of_the_two_models(sequential, tokens):
+    """Of r xᵀ, where r is the input in the unslimmed model and x the one behind the edited layers."""
+    dense = [block.inputs[0] for block in walk(tiny_model("llama"), tokens)]
+    reference = inputs_of(tiny_model("llama"), tokens, "mlp.down_proj")
+    model, measured = tiny_model("llama"), []
+    for block in walk(model, tokens, batch_size=2, reference=True):
+        assert torch.equal(torch.cat(list(block.references)), dense[block.index])
+        assert torch.equal(torch.cat(list(block.inputs)), dense[block.index]) == (block.index == 0)
+        groups = list(block.gram_groups({"mlp.down_proj": block.layer.mlp.down_proj}, sequential=sequential))
+        measured.append(groups[0])
+        edit(block.layer)
+    assert_untouched(model)
+    assert measured[0].cross is not None and measured[0].tokens == tokens.numel()
+    torch.testing.assert_close(measured[0].cross, measured[0].gram)
+    seen = inputs_of(model, tokens, "mlp.down_proj")
+    for index in (1, 2):
+        # the block was measured before its own edit: its input is that of a model edited up to there
+        other = tiny_model("llama")
+        for layer in decoder_layers(other)[1][:index]:
+            edit(layer)
+        x, r = inputs_of(other, tokens, "mlp.down_proj")[index], reference[index]
+        for found, expected in ((measured[index].gram, x.T @ x), (measured[index].cross, r.T @ x)):
+            torch.testing.assert_close(found.double(), expected / len(x), rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(seen[index], r)
+
+
+def test_groups_measured_again_in_one_layer_keep_the_reference(tokens):
+    """o_proj is measured after q, k and v were replaced: its reference is still that of the unslimmed layer."""
+    reference = inputs_of(tiny_model("llama"), tokens, "self_attn.o_proj")[0]
+    model = tiny_model("llama")
+    block = next(iter(walk(model, tokens, batch_size=2, reference=True)))
+    modules = {name: module for name, module in linears(block.layer).items() if "attn" in name}
+    for group in block.gram_groups(modules):
+        if group.names == ["self_attn.o_proj"]:
+            x = inputs_of(model, tokens, "self_attn.o_proj")[0]
+            expected = reference.T @ x / len(x)
+            torch.testing.assert_close(group.cross.double(), expected, rtol=1e-4, atol=1e-5)
+            assert not torch.allclose(group.cross, group.gram, rtol=1e-2)
+        else:
+            for name in group.names:
+                old = block.layer.get_submodule(name)
+                new = nn.Linear(old.in_features, old.out_features, bias=False)
+                new.weight = nn.Parameter(0.5 * old.weight.detach())
+                block.layer.set_submodule(name, new)
+
+
+class Routed(nn.Module):
+    """Three experts: the second sees tokens with a large first entry only, the third none."""
+
+    def __init__(self, hidden=32):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(3))
+
+    def forward(self, x):
+        flat = x.flatten(0, 1)
+        output = torch.zeros_like(flat)
+        chosen = (flat[:, 0] > 1).long()
+        for number, expert in enumerate(self.experts):
+            rows = (chosen == number).nonzero()[:, 0]
+            if len(rows):
+                output[rows] = expert(flat[rows])
+        return output.view_as(x)
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+def test_modules_no_token_reaches_end_in_groups_of_zeros(sequential, tokens):
+    model = tiny_model("llama")
+    for layer in decoder_layers(model)[1]:
+        layer.mlp = Routed()
+    for block in walk(model, tokens, reference=True):
+        modules = linears(block.layer)
+        with pytest.raises(ValueError, match=r"No calibration token reached mlp\.experts\.2"):
+            list(block.gram_groups(modules, sequential=sequential))
+        groups = list(block.gram_groups(modules, sequential=sequential, accept_unseen=True))
+        assert sorted(name for group in groups for name in group.names) == sorted(modules)
+        first, few, none = (next(g for g in groups if g.names == [f"mlp.experts.{n}"]) for n in range(3))
+        assert groups[-1] is none and none.tokens == 0 and not none.gram.any() and none.gram.shape == (32, 32)
+        assert first.tokens + few.tokens == tokens.numel() and 0 < few.tokens < first.tokens
+        torch.testing.assert_close(few.cross, few.gram)  # which tokens they were is not known: no reference
+        means = block.square_means(modules)
+        assert sorted(means) == sorted(modules.keys() - {"mlp.experts.2"})
+        for group in groups[:-1]:
+            for name in group.names:
+                torch.testing.assert_close(means[name], group.gram.diagonal())
+        edit(block.layer.self_attn)
+
+
+def test_each_layer_is_visited_in_its_context(tokens):
+    """The first for the embeddings as well; a context ends when the states have passed, also when the walk stops."""
+    events, made = [], []
+
+    class Visiting:
+        def __call__(self, index):
+            return contextmanager(self._visit)(index)
+
+        def _visit(self, index):
+            events.append(("in", index))
+            try:
+                yield
+            finally:
+                events.append(("out", index))
+
+        def states(self):
+            made.append([])
+            return made[-1]
+
+    expected = [block.inputs[0].clone() for block in walk(tiny_model("llama"), tokens)]
+    for block in walk(tiny_model("llama"), tokens, reference=True, visiting=Visiting()):
+        assert block.inputs is made[0] and block.references is made[1]
+        assert torch.equal(block.inputs[0], expected[block.index])
+        assert events[-1] == ("in", block.index)
+    assert events == [(what, index) for index in (0, 0, 1, 2) for what in ("in", "out")]
+    blocks = walk(tiny_model("llama"), tokens, visiting=Visiting())
+    next(blocks)
+    blocks.close()
+    assert events[-1] == ("out", 0)

@@ -264,9 +264,7 @@ def test_source_compiles_without_warnings(tmp_path, flags):
     if compiler is None:
         pytest.skip("needs a C compiler")
     command = [compiler, *flags, "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", "-o", str(tmp_path / "t.so")]
-    result = subprocess.run(
-        [*command, *map(str, build.sources()), "-lm"], capture_output=True, text=True, check=False
-    )
+    result = subprocess.run([*command, *map(str, build.sources()), "-lm"], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
 
 

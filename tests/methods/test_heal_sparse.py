@@ -166,13 +166,14 @@ def test_an_adapter_that_stays_is_masked_and_saved_with_its_sparse_base(tmp_path
     torch.testing.assert_close(logits(merged), logits(model), rtol=1e-4, atol=1e-5)
 
 
-def test_while_loading(tmp_path):
+@pytest.mark.parametrize("prune", [SparseGPT(sparsity="2:4"), Magnitude(sparsity="2:4")])
+def test_while_loading(tmp_path, prune):
     model = dense()
     data = texts(model)
     model.save_pretrained(tmp_path / "dense")
-    config = SlimConfig([SparseGPT(sparsity="2:4"), heal()], calibration=data)
+    config = SlimConfig([prune, heal()], calibration=data)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=config)
-    expected, _ = healed(SparseGPT(sparsity="2:4"), heal())
+    expected, _ = healed(prune, heal())
     torch.testing.assert_close(logits(loaded), logits(expected))
     loaded.save_pretrained(tmp_path / "out")
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(loaded))

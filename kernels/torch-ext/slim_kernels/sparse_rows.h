@@ -142,7 +142,7 @@ static void expand_row_portable(const Sparse *p, int64_t row, Row from, float *o
     }
 }
 
-/* Four sums side by side, in the order the vector paths could keep as well. */
+/* `count` is a multiple of 4. */
 static float dot_portable(const float *a, const float *b, int64_t count) {
     float sums[4] = {0, 0, 0, 0};
     for (int64_t k = 0; k < count; k += 4)

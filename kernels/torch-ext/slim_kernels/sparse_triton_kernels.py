@@ -1,7 +1,8 @@
 """Triton kernels for sparse weights: what runs on the GPU (`sparse_triton.py` decides the shapes it runs in).
 
-The storage is drawn in `sparse_reference.py`. A row is walked in steps; in a step every lane owns an element, eight
-columns of one row, and lanes next to each other own elements next to each other. What an element holds:
+The storage is drawn in `sparse_reference.py`. Rows are walked in steps; in a step every lane owns an element, eight
+columns of a row, and lanes next to each other own elements next to each other. (So that they do in every version of
+Triton, a tile of elements is a vector, row after row, until it is multiplied.) What an element holds:
 
     bitmask     8 bits, one a column. Its first value is number  (kept in the words before) + (set bits below its own
                 in the word), where a scan over the lanes adds up the words of the step and a running sum the steps.
@@ -31,7 +32,7 @@ def _count_bits(words):
 
 @triton.jit
 def _load_words(index_rows, word, row_bytes, ALIGNED: tl.constexpr):
-    """Words (rows, n) of the index as uint32, 0 past the end of a row."""
+    """Words of the index as uint32, 0 past the end of a row."""
     if ALIGNED:
         words = tl.load(index_rows.to(tl.pointer_type(tl.uint32)) + word, mask=word * 4 < row_bytes, other=0)
     else:
@@ -43,38 +44,40 @@ def _load_words(index_rows, word, row_bytes, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _count_before(index_rows, end, row_bytes, ROWS: tl.constexpr, ALIGNED: tl.constexpr):
-    """Set bits in the words before word `end` of each row: int32 (rows,)."""
+def _count_before(index, start, N, row_bytes, ROWS: tl.constexpr, ALIGNED: tl.constexpr):
+    """Set bits before column `start`, a multiple of 32, of the program's rows: int32 (rows, 4), the columns alike."""
     counts = tl.zeros((ROWS, 128), dtype=tl.int32)
-    for first in range(0, end, 128):
+    r = tl.minimum(tl.program_id(0) * ROWS + tl.arange(0, ROWS), N - 1)
+    index_rows = index + r.to(tl.int64)[:, None] * row_bytes
+    for first in range(0, start >> 5, 128):
         word = first + tl.arange(0, 128)[None, :]
-        counts += _count_bits(_load_words(index_rows, word, tl.minimum(row_bytes, end * 4), ALIGNED))
-    return tl.sum(counts, axis=1)
+        counts += _count_bits(_load_words(index_rows, word, tl.minimum(row_bytes, start >> 3), ALIGNED))
+    return tl.sum(counts, axis=1)[:, None] + tl.zeros((ROWS, 4), dtype=tl.int32)
 
 
 @triton.jit
 def _element_words(index_rows, element, row_bytes, KEEP: tl.constexpr, ALIGNED: tl.constexpr):
-    """The word of the index that holds each element (eight columns): uint32 (rows, elements)."""
+    """The word of the index that holds each element (eight columns): uint32."""
     return _load_words(index_rows, element >> (3 if KEEP == 1 else 2), row_bytes, ALIGNED)
 
 
 @triton.jit
-def _locate(words, element, lane, before, KEEP: tl.constexpr):
+def _locate(words, element, lane, before, KEEP: tl.constexpr, ROWS: tl.constexpr, ELEMENTS: tl.constexpr):
     """(index bits, number of the first value, values before the next step) of each element.
 
-    `before` is int32 (rows, 4), the four columns alike, because four elements share a word of a bitmask.
+    `before` is int32 (rows, 4), the columns alike, because four elements share a word of a bitmask.
     """
     if KEEP == 1:
         bits = (words >> (lane % 8 * 4).to(tl.uint32)) & 15
-        first = element * 2 + tl.zeros_like(words).to(tl.int32)
+        first = element * 2
     elif KEEP == 2:
         bits = (words >> (lane % 4 * 8).to(tl.uint32)) & 255
-        first = element * 4 + tl.zeros_like(words).to(tl.int32)
+        first = element * 4
     else:
         shift = (lane % 4 * 8).to(tl.uint32)
         bits = (words >> shift) & 255
-        counts = tl.reshape(_count_bits(words), (words.shape[0], words.shape[1] // 4, 4))
-        first = tl.reshape(before[:, None, :] + tl.cumsum(counts, axis=1) - counts, words.shape)
+        counts = tl.reshape(_count_bits(words), (ROWS, ELEMENTS // 4, 4))
+        first = tl.reshape(before[:, None, :] + tl.cumsum(counts, axis=1) - counts, (ROWS * ELEMENTS,))
         lower = (tl.full(words.shape, 1, dtype=tl.uint32) << shift) - 1
         first += _count_bits(words & lower)
         before += tl.sum(counts, axis=1)
@@ -83,19 +86,19 @@ def _locate(words, element, lane, before, KEEP: tl.constexpr):
 
 @triton.jit
 def _split_four(quads):
-    """(rows, n, 4) to four (rows, n)."""
-    even, odd = tl.split(tl.reshape(quads, (quads.shape[0], quads.shape[1], 2, 2)))
+    """(n, 4) to four (n,)."""
+    even, odd = tl.split(tl.reshape(quads, (quads.shape[0], 2, 2)))
     v0, v2 = tl.split(even)
     v1, v3 = tl.split(odd)
     return v0, v1, v2, v3
 
 
 @triton.jit
-def _join_eight(w0, w1, w2, w3, w4, w5, w6, w7):
-    """Eight (rows, n) to (rows, 8 n), the column of an element running fastest."""
+def _tile(w0, w1, w2, w3, w4, w5, w6, w7, ROWS: tl.constexpr):
+    """Eight (rows * elements,) to (rows, 8 * elements), the column of an element running fastest."""
     even = tl.join(tl.join(w0, w4), tl.join(w2, w6))
     odd = tl.join(tl.join(w1, w5), tl.join(w3, w7))
-    return tl.reshape(tl.join(even, odd), (w0.shape[0], 8 * w0.shape[1]))
+    return tl.reshape(tl.join(even, odd), (ROWS, 8 * w0.shape[0] // ROWS))
 
 
 @triton.jit
@@ -202,8 +205,8 @@ def _place_element(v0, v1, v2, v3, bits, dropped, KEEP: tl.constexpr):
 
 @triton.jit
 def _position_values(value_rows, first, bits, row_length, KEEP: tl.constexpr, dtype: tl.constexpr):
-    slot = tl.arange(0, 2 * KEEP)[None, None, :] + first[:, :, None]
-    values = tl.load(value_rows[:, :, None] + slot, mask=slot < row_length, other=0.0)
+    slot = first[:, None] + tl.arange(0, 2 * KEEP)[None, :]
+    values = tl.load(value_rows[:, None] + slot, mask=slot < row_length, other=0.0)
     if KEEP == 1:
         v0, v1 = tl.split(values)
         v2, v3 = v0, v1
@@ -240,13 +243,13 @@ def _position_codes(
 
 @triton.jit
 def _row_pointers(values, rows, r, row_length, num_words, BITS: tl.constexpr):
-    """(pointers to the rows' values or aligned words, bits to skip there, words from there to the end), (rows, 1)."""
+    """(pointers to the rows' values or aligned words, bits to skip there, words from there to the end) of each element."""
     start = r.to(tl.int64) * row_length if rows is None else tl.load(rows + r).to(tl.int64)
     if BITS == 0:
-        pointers = values + start[:, None]
+        pointers = values + start
     else:
-        pointers = values.to(tl.pointer_type(tl.uint32)) + (start >> 2)[:, None]
-    return pointers, ((start & 3) * 8).to(tl.int32)[:, None], (num_words - (start >> 2)).to(tl.int32)[:, None]
+        pointers = values.to(tl.pointer_type(tl.uint32)) + (start >> 2)
+    return pointers, ((start & 3) * 8).to(tl.int32), (num_words - (start >> 2)).to(tl.int32)
 
 
 @triton.jit
@@ -282,34 +285,38 @@ def _decode(
 
 
 @triton.jit
-def _add_products(total, x, column, K, w0, w1, w2, w3, w4, w5, w6, w7, unit):
-    """Add one token's products to `total` (rows, elements); `column` (1, elements) is each element's first."""
-    k = column[:, :, None] + tl.arange(0, 4)[None, None, :]
+def _load_x(x, column, K, ROWS: tl.constexpr):
+    """Four columns of x from each of `column` (elements,) on, as fp32: four (rows * elements,), the rows alike."""
+    k = column[:, None] + tl.arange(0, 4)[None, :]
     a0, a1, a2, a3 = _split_four(tl.load(x + k, mask=k < K, other=0.0))
-    k += 4
-    a4, a5, a6, a7 = _split_four(tl.load(x + k, mask=k < K, other=0.0))
-    part = w0 * a0.to(tl.float32) + w1 * a1.to(tl.float32) + w2 * a2.to(tl.float32) + w3 * a3.to(tl.float32)
-    part += w4 * a4.to(tl.float32) + w5 * a5.to(tl.float32) + w6 * a6.to(tl.float32) + w7 * a7.to(tl.float32)
+    return _for_rows(a0, ROWS), _for_rows(a1, ROWS), _for_rows(a2, ROWS), _for_rows(a3, ROWS)
+
+
+@triton.jit
+def _for_rows(a, ROWS: tl.constexpr):
+    rows = tl.broadcast_to(a.to(tl.float32)[None, :], (ROWS, a.shape[0]))
+    return tl.reshape(rows, (ROWS * a.shape[0],))
+
+
+@triton.jit
+def _add_products(total, x, column, K, w0, w1, w2, w3, w4, w5, w6, w7, unit, ROWS: tl.constexpr):
+    """Add one token's products to `total`; `column` is the first column of each element of a row."""
+    a0, a1, a2, a3 = _load_x(x, column, K, ROWS)
+    a4, a5, a6, a7 = _load_x(x, column + 4, K, ROWS)
+    part = w0 * a0 + w1 * a1 + w2 * a2 + w3 * a3
+    part += w4 * a4 + w5 * a5 + w6 * a6 + w7 * a7
     return total + part if unit is None else total + part * unit
 
 
 @triton.jit
-def _store_token(out, total, bias, scale, r, N, BITS: tl.constexpr, GROUP: tl.constexpr):
-    result = tl.sum(total, axis=1)
+def _store_token(out, total, bias, scale, N, BITS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr):
+    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    result = tl.sum(tl.reshape(total, (ROWS, total.shape[0] // ROWS)), axis=1)
     if BITS > 0 and GROUP == 0:
         result *= tl.load(scale + r, mask=r < N, other=0.0).to(tl.float32)
     if bias is not None:
         result += tl.load(bias + r, mask=r < N, other=0.0).to(tl.float32)
     tl.store(out + r, result.to(out.dtype.element_ty), mask=r < N)
-
-
-@triton.jit
-def _group_of(r, column, num_groups, GROUP: tl.constexpr):
-    """Where the scale and zero of each element lie: (rows, elements), or (rows, 1) where GROUP is 0, one a row."""
-    if GROUP > 0:
-        return r[:, None] * num_groups + tl.minimum(column // GROUP, num_groups - 1)
-    else:
-        return r[:, None]
 
 
 @triton.jit(do_not_specialize=["M", "num_words", "num_groups"])
@@ -339,42 +346,42 @@ def sparse_few_kernel(
     ELEMENTS: tl.constexpr,  # of eight columns, per step
 ):
     """out[split] = the split's share of x W^T (+ bias), in fp32; grid (row tiles, splits)."""
-    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    safe_r = tl.minimum(r, N - 1)
     start = tl.program_id(1) * per_split
     end = tl.minimum(start + per_split, K)
-    index_rows = index + safe_r.to(tl.int64)[:, None] * row_bytes
-    value_rows, skipped_bits, words_left = _row_pointers(values, rows, safe_r, row_length, num_words, BITS)
+    element_r = tl.minimum(tl.program_id(0) * ROWS + tl.arange(0, ROWS * ELEMENTS) // ELEMENTS, N - 1)
+    lane = tl.arange(0, ROWS * ELEMENTS) % ELEMENTS
+    index_rows = index + element_r.to(tl.int64) * row_bytes
+    value_rows, skipped_bits, words_left = _row_pointers(values, rows, element_r, row_length, num_words, BITS)
     before = tl.zeros((ROWS, 4), dtype=tl.int32)
     if KEEP == 0 and start > 0:
-        before += _count_before(index_rows, start >> 5, row_bytes, ROWS, ALIGNED)[:, None]
-
-    lane = tl.arange(0, ELEMENTS)[None, :]
-    total0 = tl.zeros((ROWS, ELEMENTS), dtype=tl.float32)
-    total1 = tl.zeros((ROWS, ELEMENTS), dtype=tl.float32)
+        before += _count_before(index, start, N, row_bytes, ROWS, ALIGNED)
+    total0 = tl.zeros((ROWS * ELEMENTS,), dtype=tl.float32)
+    total1 = tl.zeros((ROWS * ELEMENTS,), dtype=tl.float32)
+    row_origin = 0.0
+    if BITS > 0 and GROUP == 0:
+        row_origin = tl.load(zero + element_r).to(tl.float32) + 8388608.0
     words = _element_words(index_rows, (start >> 3) + lane, row_bytes, KEEP, ALIGNED)
     for column in range(start, end, 8 * ELEMENTS):
         element = (column >> 3) + lane
-        bits, first, before = _locate(words, element, lane, before, KEEP)
+        bits, first, before = _locate(words, element, lane, before, KEEP, ROWS, ELEMENTS)
         words = _element_words(index_rows, element + ELEMENTS, row_bytes, KEEP, ALIGNED)
-        origin, unit = 0.0, None
-        if BITS > 0:
-            group = _group_of(safe_r, element * 8, num_groups, GROUP)
+        origin, unit = row_origin, None
+        if GROUP > 0:
+            group = element_r * num_groups + tl.minimum(element * 8 // GROUP, num_groups - 1)
             origin = tl.load(zero + group).to(tl.float32) + 8388608.0
-            if GROUP > 0:
-                unit = tl.load(scale + group).to(tl.float32)
+            unit = tl.load(scale + group).to(tl.float32)
         w0, w1, w2, w3, w4, w5, w6, w7 = _decode(
             value_rows, skipped_bits, words_left, first, bits, row_length, origin, None, 0.0, KEEP, BITS, tl.float32
         )
-        k = element * 8
-        total0 = _add_products(total0, x, k, K, w0, w1, w2, w3, w4, w5, w6, w7, unit)
+        k = column + 8 * tl.arange(0, ELEMENTS)
+        total0 = _add_products(total0, x, k, K, w0, w1, w2, w3, w4, w5, w6, w7, unit, ROWS)
         if TOKENS > 1:
-            total1 = _add_products(total1, x + K, k, K, w0, w1, w2, w3, w4, w5, w6, w7, unit)
+            total1 = _add_products(total1, x + K, k, K, w0, w1, w2, w3, w4, w5, w6, w7, unit, ROWS)
 
     out += tl.program_id(1).to(tl.int64) * M * N
-    _store_token(out, total0, bias, scale, r, N, BITS, GROUP)
+    _store_token(out, total0, bias, scale, N, BITS, GROUP, ROWS)
     if TOKENS > 1:
-        _store_token(out + N, total1, bias, scale, r, N, BITS, GROUP)
+        _store_token(out + N, total1, bias, scale, N, BITS, GROUP, ROWS)
 
 
 @triton.jit(do_not_specialize=["M", "num_words", "num_groups"])
@@ -405,39 +412,41 @@ def sparse_dot_kernel(
 ):
     """As `sparse_few_kernel` with `tl.dot`: the weights are rounded to the dtype of x; a row's scale comes after."""
     dtype: tl.constexpr = x.dtype.element_ty
-    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     m = tl.arange(0, TOKENS)
-    safe_r = tl.minimum(r, N - 1)
     start = tl.program_id(1) * per_split
     end = tl.minimum(start + per_split, K)
-    index_rows = index + safe_r.to(tl.int64)[:, None] * row_bytes
-    value_rows, skipped_bits, words_left = _row_pointers(values, rows, safe_r, row_length, num_words, BITS)
+    element_r = tl.minimum(tl.program_id(0) * ROWS + tl.arange(0, ROWS * ELEMENTS) // ELEMENTS, N - 1)
+    lane = tl.arange(0, ROWS * ELEMENTS) % ELEMENTS
+    index_rows = index + element_r.to(tl.int64) * row_bytes
+    value_rows, skipped_bits, words_left = _row_pointers(values, rows, element_r, row_length, num_words, BITS)
     before = tl.zeros((ROWS, 4), dtype=tl.int32)
     if KEEP == 0 and start > 0:
-        before += _count_before(index_rows, start >> 5, row_bytes, ROWS, ALIGNED)[:, None]
-
-    lane = tl.arange(0, ELEMENTS)[None, :]
+        before += _count_before(index, start, N, row_bytes, ROWS, ALIGNED)
     x_rows = x + tl.minimum(m, M - 1)[None, :] * K
     total = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
+    row_origin = 0.0
+    if BITS > 0 and GROUP == 0:
+        row_origin = tl.load(zero + element_r).to(tl.float32) + 8388608.0
     words = _element_words(index_rows, (start >> 3) + lane, row_bytes, KEEP, ALIGNED)
     for column in range(start, end, 8 * ELEMENTS):
         element = (column >> 3) + lane
-        bits, first, before = _locate(words, element, lane, before, KEEP)
+        bits, first, before = _locate(words, element, lane, before, KEEP, ROWS, ELEMENTS)
         words = _element_words(index_rows, element + ELEMENTS, row_bytes, KEEP, ALIGNED)
         k = column + tl.arange(0, 8 * ELEMENTS)[:, None]
         tokens = tl.load(x_rows + k, mask=k < K, other=0.0)
-        origin, unit = 0.0, None
-        if BITS > 0:
-            group = _group_of(safe_r, element * 8, num_groups, GROUP)
+        origin, unit = row_origin, None
+        if GROUP > 0:
+            group = element_r * num_groups + tl.minimum(element * 8 // GROUP, num_groups - 1)
             origin = tl.load(zero + group).to(tl.float32) + 8388608.0
-            if GROUP > 0:
-                unit = tl.load(scale + group).to(tl.float32)
+            unit = tl.load(scale + group).to(tl.float32)
         w0, w1, w2, w3, w4, w5, w6, w7 = _decode(
             value_rows, skipped_bits, words_left, first, bits, row_length, origin, unit, 0.0, KEEP, BITS, dtype
         )
-        tile = _join_eight(w0, w1, w2, w3, w4, w5, w6, w7)
+        tile = _tile(w0, w1, w2, w3, w4, w5, w6, w7, ROWS)
         total = tl.dot(tile, tokens, total, input_precision="ieee")
 
+    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    safe_r = tl.minimum(r, N - 1)
     if BITS > 0 and GROUP == 0:
         total *= tl.load(scale + safe_r).to(tl.float32)[:, None]
     if bias is not None:
@@ -471,34 +480,38 @@ def sparse_expand_kernel(
 ):
     """dense = W, computed in fp32 where there are codes and rounded once; grid (row tiles, splits)."""
     dtype: tl.constexpr = dense.dtype.element_ty
-    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    safe_r = tl.minimum(r, N - 1)
     start = tl.program_id(1) * per_split
     end = tl.minimum(start + per_split, K)
-    index_rows = index + safe_r.to(tl.int64)[:, None] * row_bytes
-    value_rows, skipped_bits, words_left = _row_pointers(values, rows, safe_r, row_length, num_words, BITS)
+    element_r = tl.minimum(tl.program_id(0) * ROWS + tl.arange(0, ROWS * ELEMENTS) // ELEMENTS, N - 1)
+    lane = tl.arange(0, ROWS * ELEMENTS) % ELEMENTS
+    index_rows = index + element_r.to(tl.int64) * row_bytes
+    value_rows, skipped_bits, words_left = _row_pointers(values, rows, element_r, row_length, num_words, BITS)
     before = tl.zeros((ROWS, 4), dtype=tl.int32)
     if KEEP == 0 and start > 0:
-        before += _count_before(index_rows, start >> 5, row_bytes, ROWS, ALIGNED)[:, None]
-
-    lane = tl.arange(0, ELEMENTS)[None, :]
+        before += _count_before(index, start, N, row_bytes, ROWS, ALIGNED)
+    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    safe_r = tl.minimum(r, N - 1)
     dense_rows = dense + safe_r.to(tl.int64)[:, None] * K
+    row_origin, row_unit = 0.0, None
+    if BITS > 0 and GROUP == 0:
+        row_origin = tl.load(zero + element_r).to(tl.float32) + 8388608.0
+        row_unit = tl.load(scale + element_r).to(tl.float32)
     words = _element_words(index_rows, (start >> 3) + lane, row_bytes, KEEP, ALIGNED)
     for column in range(start, end, 8 * ELEMENTS):
         element = (column >> 3) + lane
-        bits, first, before = _locate(words, element, lane, before, KEEP)
+        bits, first, before = _locate(words, element, lane, before, KEEP, ROWS, ELEMENTS)
         words = _element_words(index_rows, element + ELEMENTS, row_bytes, KEEP, ALIGNED)
         k = column + tl.arange(0, 8 * ELEMENTS)[None, :]
         if GROUP >= 0:
-            origin, unit = 0.0, None
-            if BITS > 0:
-                group = _group_of(safe_r, element * 8, num_groups, GROUP)
+            origin, unit = row_origin, row_unit
+            if GROUP > 0:
+                group = element_r * num_groups + tl.minimum(element * 8 // GROUP, num_groups - 1)
                 origin = tl.load(zero + group).to(tl.float32) + 8388608.0
                 unit = tl.load(scale + group).to(tl.float32)
             w0, w1, w2, w3, w4, w5, w6, w7 = _decode(
                 value_rows, skipped_bits, words_left, first, bits, row_length, origin, unit, 0.0, KEEP, BITS, dtype
             )
-            tile = _join_eight(w0, w1, w2, w3, w4, w5, w6, w7)
+            tile = _tile(w0, w1, w2, w3, w4, w5, w6, w7, ROWS)
         else:
             w0, w1, w2, w3, w4, w5, w6, w7 = _decode(
                 value_rows,
@@ -514,7 +527,7 @@ def sparse_expand_kernel(
                 BITS,
                 tl.float32,
             )
-            codes = _join_eight(w0, w1, w2, w3, w4, w5, w6, w7)
+            codes = _tile(w0, w1, w2, w3, w4, w5, w6, w7, ROWS)
             at = safe_r[:, None] * num_groups + tl.minimum(k // group_size, num_groups - 1)
             shifted = codes - tl.load(zero + at).to(tl.float32)
             tile = tl.where(codes < 0, 0.0, shifted * tl.load(scale + at).to(tl.float32)).to(dtype)
