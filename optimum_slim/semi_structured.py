@@ -7,8 +7,8 @@ At many tokens arithmetic costs, and only the sparse tensor cores (compute capab
 Use it for prefill or large batches, under CUDA graphs or `torch.compile(mode="reduce-overhead")`, and nowhere else:
 cuSPARSELt, the backend that works on an H100, spends about 600 us per call on the host, many times what a layer takes
 at few tokens (4096 x 4096, one token, called eagerly: 673 us against 31 for the dense layer; 8192 tokens: 941 against
-348; PyTorch 2.11). The CUTLASS backend has no such cost and refuses GPUs other than 8.x. benchmarks/results/
-gpu_sparse.md has what a CUDA graph leaves of it. The weights then take 9/16 of the dense bytes, and are not to be saved.
+348; PyTorch 2.11). The CUTLASS backend has no such cost and refuses GPUs other than 8.x. What a CUDA graph leaves
+of it is in benchmarks/results/gpu_sparse.md. The weights then take 9/16 of the dense bytes, and are not to be saved.
 """
 
 import torch
@@ -48,23 +48,26 @@ def to_semi_structured(model: nn.Module) -> int:
             "to_semi_structured needs an NVIDIA GPU of compute capability 8.0 or newer, and PyTorch finds none. Leave "
             "the model as it is: its 2:4 layers work everywhere."
         )
-    backend = working_backend(next(iter(layers.values())).value_dtype)
     for name, layer in layers.items():
-        _check_layer(name, layer, backend)
+        _check_placement(name, layer)
+    first = next(iter(layers.values()))
+    backend = working_backend(first.value_dtype, first.weight.device)
+    for name, layer in layers.items():
+        _check_shape(name, layer, backend)
     for name, layer in layers.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, _semi_structured_linear(layer, backend))
     return len(layers)
 
 
-def working_backend(dtype: torch.dtype) -> str:
-    """The first of `BACKENDS` with which a product in `dtype` runs on this GPU, found by making one."""
+def working_backend(dtype: torch.dtype, device: torch.device | str = "cuda") -> str:
+    """The first of `BACKENDS` with which a product in `dtype` runs on `device`, found by making one."""
     if dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(
             f"to_semi_structured takes float16 or bfloat16 values; found {dtype}. Convert the model first."
         )
-    weight = torch.tensor([1, 0, 1, 0], dtype=dtype, device="cuda").repeat(128, 32)
-    x = torch.ones(128, 128, dtype=dtype, device="cuda")
+    weight = torch.tensor([1, 0, 1, 0], dtype=dtype, device=device).repeat(128, 32)
+    x = torch.ones(128, 128, dtype=dtype, device=device)
     refused = []
     for name, backend in BACKENDS.items():
         try:
@@ -79,13 +82,17 @@ def working_backend(dtype: torch.dtype) -> str:
     )
 
 
-def _check_layer(name: str, layer: SparseLinear, backend: str) -> None:
+def _check_placement(name: str, layer: SparseLinear) -> None:
     if layer.value_dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(
-            f"to_semi_structured takes float16 or bfloat16 values; {name} has {layer.value_dtype}. Convert it first."
+            f"to_semi_structured takes float16 or bfloat16 values; {name} has {layer.value_dtype}. Prune the model in "
+            "one of those."
         )
     if not layer.weight.is_cuda:
         raise ValueError(f"{name} is on {layer.weight.device}; move the model to the GPU before to_semi_structured.")
+
+
+def _check_shape(name: str, layer: SparseLinear, backend: str) -> None:
     limits = BACKENDS[backend]._DTYPE_SHAPE_CONSTRAINTS[layer.value_dtype]
     if layer.out_features % limits.sparse_min_rows or layer.in_features % limits.sparse_min_cols:
         raise ValueError(

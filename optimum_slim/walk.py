@@ -102,6 +102,7 @@ class Block:
     arguments: list[tuple[tuple, dict]]
     references: MutableSequence[Tensor] | None = None
     original: nn.Module | None = None
+    batch_tokens: int = 0  # of the batch that was run last
 
     @property
     def layer(self) -> nn.Module:
@@ -139,6 +140,8 @@ class Block:
         Raises:
             ValueError: a module saw no token.
         """
+        if not modules:
+            return
         groups, unseen = self._groups(modules)
         if unseen and not accept_unseen:
             raise ValueError(
@@ -169,14 +172,16 @@ class Block:
         """Call the layer on one batch, in evaluation mode and without an autograd graph."""
         args, kwargs = self.arguments[batch]
         layer, states = (self.original, self.references) if original else (self.layer, self.inputs)
+        states = states[batch].to(_device(layer))
+        self.batch_tokens = states.shape[:-1].numel()
         with torch.no_grad(), evaluating(layer):
-            return layer(states[batch].to(_device(layer)), *args, **kwargs)
+            return layer(states, *args, **kwargs)
 
     def _groups(self, modules: dict[str, nn.Module]) -> tuple[list[list[str]], dict[str, nn.Module]]:
         """Names of modules by common input, in the order of their first call, and the modules never called."""
         groups: list[list[str]] = []
         missing = dict(modules)
-        for batch in range(len(self.inputs) if missing else 0):
+        for batch in range(len(self.inputs)):
             seen: list[tuple[str, Tensor]] = []  # keeps the inputs alive, so that an address stands for one tensor
             with input_hooks(missing, lambda name, x, seen=seen: seen.append((name, x))):
                 self._run(batch)
@@ -239,9 +244,7 @@ class Block:
 
     def _matching(self, reference: Tensor | None, x: Tensor) -> Tensor:
         """The reference input of the same tokens, or `x` itself where only some tokens were routed to the module."""
-        counts = {self.inputs[batch].shape[:-1].numel() for batch in (0, len(self.inputs) - 1)}
-        whole = reference is not None and reference.shape == x.shape and x.shape[0] in counts
-        return reference if whole else x
+        return reference if reference is not None and len(reference) == len(x) == self.batch_tokens else x
 
 
 def walk(

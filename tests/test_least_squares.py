@@ -129,8 +129,7 @@ def test_more_rounds_are_never_worse():
     choose = functools.partial(select, pattern=Pattern.parse(0.6))
     mask = choose(weight.abs())
     errors = [
-        output_error(pursue(weight, weight, mask, hessian, choose, rounds)[0], weight, hessian)
-        for rounds in range(6)
+        output_error(pursue(weight, weight, mask, hessian, choose, rounds)[0], weight, hessian) for rounds in range(6)
     ]
     assert all(after <= before * (1 + 1e-9) for before, after in itertools.pairwise(errors))
     assert errors[-1] < errors[0]

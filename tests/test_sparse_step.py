@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, OPTC
 
 from optimum_slim import Calibration, Magnitude, SlimConfig, SparseGPT, SparseLinear, Wanda, slim
 from optimum_slim.sparse_step import NOT_SMALLER
-from optimum_slim.walk import walk
+from optimum_slim.walk import Group, walk
 
 
 TOKENS = token_ids(8, 32)
@@ -53,7 +53,9 @@ def slimmed(step, model=None):
 @pytest.mark.parametrize(("method", "sparsity", "bits"), CASES, ids=lambda value: str(value))
 def test_saved_and_loaded_again_the_logits_are_the_same(tmp_path, method, sparsity, bits, dtype):
     step = METHODS[method](sparsity=sparsity, bits=bits)
-    model, report = slimmed(step, tiny_llama(num_hidden_layers=1).to(dtype))
+    torch.manual_seed(0)
+    dense = AutoModelForCausalLM.from_config(tiny_llama(num_hidden_layers=1).config, dtype=dtype).eval()
+    model, report = slimmed(step, dense)
     found = logits(model)
     assert found.dtype == dtype and torch.isfinite(found).all() and len(layers_of(model)) == 7
     assert all(layer.weight_values.dtype == (torch.uint8 if bits else dtype) for layer in layers_of(model).values())
@@ -69,7 +71,7 @@ def test_saved_and_loaded_again_the_logits_are_the_same(tmp_path, method, sparsi
 def test_slimmed_while_loading_as_in_memory(dense_folder, step, dtype):
     config = SlimConfig(step, calibration=Calibration(source=TOKENS))
     loaded = load(dense_folder, quantization_config=config, dtype=dtype)
-    model, _ = slimmed(step, tiny_llama().to(dtype))
+    model, _ = slimmed(step, load(dense_folder, dtype=dtype))
     states = [found.state_dict() for found in (model, loaded)]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
@@ -132,6 +134,7 @@ def test_not_packed_an_ordinary_checkpoint_with_the_same_zeros(tmp_path, method,
     assert torch.equal(logits(load(tmp_path)), logits(model))
 
 
+@pytest.mark.slow
 def test_not_packed_loads_without_this_package(tmp_path):
     slimmed(Magnitude(packed=False))[0].save_pretrained(tmp_path)
     stock = "import sys; from transformers import AutoModelForCausalLM as A; A.from_pretrained(sys.argv[1])"
@@ -143,10 +146,10 @@ def gpt2():
     return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=128, n_positions=64)).eval()
 
 
-def opt():
+def opt(projected=32):
     torch.manual_seed(0)
     config = OPTConfig(hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=128)
-    config.word_embed_proj_dim, config.max_position_embeddings = 32, 64
+    config.word_embed_proj_dim, config.max_position_embeddings = projected, 64
     return OPTForCausalLM(config).eval()
 
 
@@ -195,7 +198,15 @@ class Routed(nn.Module):
         return output.view_as(x)
 
 
-@pytest.mark.parametrize("step", [SparseGPT(), SparseGPT(variant="official"), SparseGPT(bits=4), Wanda()], ids=repr)
+EXPERTS = {
+    "sparsegpt": SparseGPT(),
+    "official": SparseGPT(variant="official"),
+    "bits": SparseGPT(bits=4),
+    "wanda": Wanda(),
+}
+
+
+@pytest.mark.parametrize("step", EXPERTS.values(), ids=EXPERTS)
 def test_experts_with_few_tokens_are_pruned_by_magnitude_and_say_so(step):
     model = tiny_llama(num_hidden_layers=1)
     model.model.layers[0].mlp = Routed()
@@ -210,13 +221,13 @@ def test_experts_with_few_tokens_are_pruned_by_magnitude_and_say_so(step):
             kept = model.model.layers[0].mlp.experts[number].dense()
             assert torch.equal(kept, torch.where(kept == 0, 0, weights[number]))
             by_row = step.name == "wanda"
-            median = weights[number].abs().median(dim=1, keepdim=True).values if by_row else weights[number].abs().median()
+            median = (
+                weights[number].abs().median(dim=1, keepdim=True).values if by_row else weights[number].abs().median()
+            )
             assert torch.equal(kept != 0, weights[number].abs() > median)
 
 
-def test_raised_dampening_is_reported(monkeypatch):
-    from optimum_slim.walk import Group
-
+def test_raised_dampening_is_reported():
     linear = nn.Linear(24, 8, bias=False)
     model = nn.Sequential(linear)
     values, vectors = torch.linalg.eigh(torch.cov(torch.randn(24, 90, generator=torch.Generator().manual_seed(0))))
@@ -291,6 +302,16 @@ def test_what_does_not_fit_the_model_is_said_before_anything_changes(fields, mat
         with pytest.raises(ValueError, match=match):
             slim(model, step, data=Calibration(source=TOKENS))
         assert not layers_of(model)
+
+
+@pytest.mark.parametrize("fields", [{"allocation": "owl"}, {"shares": (0.4, 0.6)}], ids=str)
+def test_layers_outside_the_decoder_have_no_share(fields):
+    model = opt(projected=16)
+    with pytest.raises(ValueError, match=r"outside model\.decoder\.layers.*project_in"):
+        slim(model, Magnitude(**fields), data=Calibration(source=TOKENS))
+    assert not layers_of(model)
+    slimmed(Magnitude(modules_to_not_convert=("project_in", "project_out"), **fields), model)
+    assert len(layers_of(model)) == 12
 
 
 def test_a_damaged_index_is_refused_on_load(tmp_path):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from optimum_slim import Magnitude
 from optimum_slim.sparsity import (
     Pattern,
     lowest,
@@ -68,7 +69,9 @@ def test_lowest_is_exact_whatever_ties_there_are(kind, count):
     assert torch.equal(mask.flatten(), expected)
 
 
-@pytest.mark.parametrize("values", [scores(), scores().mul(3).round(), torch.zeros(7, 13)], ids=["any", "ties", "zero"])
+@pytest.mark.parametrize(
+    "values", [scores(), scores().mul(3).round(), torch.zeros(7, 13)], ids=["any", "ties", "zero"]
+)
 def test_lowest_in_rows_is_exact(values):
     mask = lowest_in_rows(values, 6)
     assert (mask.sum(1) == 6).all()
@@ -86,8 +89,6 @@ def test_whole_matrices_and_rows_are_compared_as_asked():
 @pytest.mark.parametrize(("share", "rows", "columns"), [(0.57, 3, 100), (0.7, 3, 10), (0.6, 3, 15), (0.35, 3, 20)])
 def test_counts_do_not_depend_on_how_a_product_is_rounded(share, rows, columns):
     """0.57 * 3 * 100 is 171 and 0.57 * (3 * 100) a little less: what is dropped must be what the layout reserves."""
-    from optimum_slim import Magnitude
-
     state = Magnitude(sparsity=share).compress(scores(rows, columns))
     kept = Magnitude(sparsity=share).layout(rows, columns)[1]
     assert int(select(scores(rows, columns), Pattern.parse(share)).sum()) == rows * columns - kept

@@ -56,7 +56,9 @@ def test_a_name_is_registered_once(registry):
 
 
 def test_unknown_step_names_the_nearest_and_all():
-    with pytest.raises(ValueError, match=r"Did you mean 'bitnet'\?.*bitnet, depth, heal, magnitude, pt2llm, sparsegpt, wanda"):
+    with pytest.raises(
+        ValueError, match=r"Did you mean 'bitnet'\?.*bitnet, depth, heal, magnitude, pt2llm, sparsegpt, wanda"
+    ):
         get_step("bitnte")
 
 

@@ -81,7 +81,7 @@ def check_linear(x, packed, bias=None):
 
 
 @pytest.mark.parametrize("bits", [0, 4], ids=["values", "codes"])
-@pytest.mark.parametrize("tokens", [1, 3, 16, 17])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 16, 17])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_ragged_shapes(dtype, form, tokens, bits):
@@ -102,13 +102,13 @@ def test_few_rows(tokens, out_features):
     check_linear(torch.randn(tokens, 64), layer("flat", out_features, 64), torch.randn(out_features))
 
 
-@pytest.mark.parametrize("tokens", [1, 16])
+@pytest.mark.parametrize(("tokens", "columns"), [(1, 4500), (16, 700)])
 @pytest.mark.parametrize("form", FORMS)
-def test_split_columns(form, tokens):
-    packed = layer(form, 3, 1900, value_dtype=torch.bfloat16)
-    tiles = launcher.choose_sparse_tiles(tokens, 3, 1900, nvidia=True)
-    assert -(-1900 // tiles.columns_per_split(1900)) > 2
-    check_linear(torch.randn(tokens, 1900).bfloat16(), packed, torch.randn(3))
+def test_split_columns(form, tokens, columns):
+    packed = layer(form, 3, columns, value_dtype=torch.bfloat16)
+    per_split = launcher.choose_sparse_tiles(tokens, 3, columns, nvidia=True).columns_per_split(columns)
+    assert columns > 2 * per_split
+    check_linear(torch.randn(tokens, columns).bfloat16(), packed, torch.randn(3))
 
 
 @pytest.mark.parametrize("bits", [0, 4], ids=["values", "codes"])
