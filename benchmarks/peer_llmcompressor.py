@@ -55,9 +55,8 @@ def main() -> None:
         seconds = time.perf_counter() - start
         zeros = sum(int((p == 0).sum()) for n, p in model.named_parameters() if "_proj" in n)
         count = sum(p.numel() for n, p in model.named_parameters() if "_proj" in n)
-        print(
-            f"llm-compressor {pattern}: {perplexity(model, ids['test']):.2f}, {zeros / count:.4f} zeros, {seconds:.0f} s"
-        )
+        found = perplexity(model, ids["test"])
+        print(f"llm-compressor {pattern}: {found:.2f}, {zeros / count:.4f} zeros, {seconds:.0f} s")
 
 
 if __name__ == "__main__":

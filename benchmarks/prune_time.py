@@ -3,8 +3,8 @@
     python benchmarks/prune_time.py [--rounds 3] [--shapes 4096x4096 11008x4096]
 
 The plain loop is SparseGPT as its authors wrote it (`variant="official"`): blocks of 128 columns, each column's update
-written to the whole rest of the block, H inverted by way of its Cholesky factor. Ours halves the columns recursively, so
-that most updates are large matrix products, solves for the factor once for all layers with one input, and finds
+written to the whole rest of the block, H inverted by way of its Cholesky factor. Ours halves the columns recursively,
+so that most updates are large matrix products, solves for the factor once for all layers with one input, and finds
 thresholds without sorting. "Next" is the second layer with the same input (key after query, up after gate). Writes
 results/prune_time.md.
 """
@@ -45,7 +45,7 @@ def measure(out_features: int, columns: int, sparsity, rounds: int) -> str:
         seconds, (pruned, _) = timed(lambda: official(weight, gram, pattern))
         plain.append(seconds)
         factoring, hessian = timed(lambda: (h := Hessian(gram), h.upper)[0])
-        seconds, (ours, mask, _) = timed(lambda hessian=hessian: eliminate(weight, hessian, pattern))
+        seconds, (ours, *_) = timed(lambda hessian=hessian: eliminate(weight, hessian, pattern))
         first.append(factoring + seconds)
         further.append(seconds)
     loss = hessian.error(weight - ours) / hessian.error(weight - pruned)

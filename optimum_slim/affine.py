@@ -93,7 +93,8 @@ def nearest(weight: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
 
 
 def _span(low: Tensor, high: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    scale = ((high - low) / (2**bits - 1)).to(dtype).float().clamp_(min=torch.finfo(dtype).tiny)
+    least = torch.finfo(dtype).tiny * torch.finfo(dtype).eps  # the smallest subnormal number
+    scale = ((high - low) / (2**bits - 1)).to(dtype).float().clamp_(min=least)
     return scale, (-low / scale).round_().clamp_(0, 2**bits - 1)
 
 

@@ -4,9 +4,10 @@ The layer-wise error of a weight Q in place of W is quadratic in their differenc
 
     ||(W - Q) X||² / tokens = tr((W - Q) H (W - Q)ᵀ)        H = X Xᵀ / tokens
 
-For a fixed order of the columns, all that OBS-like methods need of the inverse is one triangular matrix (SparseGPT, arXiv 2301.00774, Section 3.2): H⁻¹ = Uᵀ U with U upper triangular. U[j, j]² is the entry of column j
-in the inverse of H restricted to columns j and later; U[j, j:] / U[j, j] is how those make up for a change of it.
-U is computed as the inverse of V, upper triangular with H = V Vᵀ, so H itself need not be inverted.
+For a fixed order of the columns, all that OBS-like methods need of the inverse is one triangular matrix (SparseGPT,
+arXiv 2301.00774, Section 3.2): H⁻¹ = Uᵀ U with U upper triangular. U[j, j]² is the entry of column j in the inverse of
+H restricted to columns j and later; U[j, j:] / U[j, j] is how those make up for a change of it. U is computed as the
+inverse of V, upper triangular with H = V Vᵀ, so H itself need not be inverted.
 """
 
 from functools import cached_property
@@ -27,13 +28,13 @@ class Hessian:
             cannot be factorized.
 
     Attributes:
+        scale: what the Gram matrix was divided by, its mean diagonal.
         dead: bool (in,), inputs that were always 0; their diagonal is 1 and their weights are to be 0.
         dampening: the share that was added in the end.
         matrix: fp32 (in, in), the dampened H.
 
     Raises:
-        ValueError: no token reached the layer, the matrix is not finite, or not positive definite at the largest
-            dampening.
+        ValueError: the matrix is not finite, or not positive definite at the largest dampening.
     """
 
     def __init__(self, gram: Tensor, dampening: float = 0.01):
@@ -41,9 +42,8 @@ class Hessian:
         mean = gram.diagonal().mean()
         if not torch.isfinite(mean):
             raise ValueError("the inputs of the layer hold NaN or infinite values; calibrate in float32 or bfloat16")
-        if mean <= 0:
-            raise ValueError("the Gram matrix is zero: no calibration token reached this layer; use more samples")
-        self.matrix = gram / mean
+        self.scale = mean.where(mean > 0, 1)
+        self.matrix = gram / self.scale
         self.dead = self.matrix.diagonal() == 0
         self.matrix.diagonal()[self.dead] = 1
         self._factorize(dampening)
@@ -89,6 +89,5 @@ def asymmetric_map(gram: Tensor, cross: Tensor, strength: float) -> Tensor:
         gram, cross: (in, in), the means of x xᵀ and of r xᵀ.
     """
     hessian = Hessian(gram)
-    scale = gram.diagonal().mean()
-    moved = hessian.divide((cross - gram) / scale)
+    moved = hessian.divide((cross - gram) / hessian.scale)
     return torch.eye(len(gram), dtype=moved.dtype, device=moved.device).add_(moved, alpha=strength)

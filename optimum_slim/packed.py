@@ -98,7 +98,7 @@ class PackedLinear(nn.Linear, ABC):
             check_packed(name, state[name], shape, dtype)
             setattr(self, name, nn.Parameter(state[name].to(dtype).contiguous(), requires_grad=False))
 
-    def validate(self) -> None:  # noqa: B027
+    def validate(self) -> None:
         """Raise a `ValueError` if the packed tensors contradict one another, where shapes and dtypes cannot tell."""
 
     def to_linear(self, dtype: torch.dtype) -> nn.Module:

@@ -193,6 +193,7 @@ class SlimQuantizer(HfQuantizer):
         return None, {}
 
     def _dequantize(self, model, dtype=None):
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # save_pretrained writes its name
         for name, module in list(model.named_modules()):
             if isinstance(module, PackedLinear):
                 model.set_submodule(name, module.to_linear(dtype))

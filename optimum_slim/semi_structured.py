@@ -8,7 +8,8 @@ Use it for prefill or large batches, under CUDA graphs or `torch.compile(mode="r
 cuSPARSELt, the backend that works on an H100, spends about 600 us per call on the host, many times what a layer takes
 at few tokens (4096 x 4096, one token, called eagerly: 673 us against 31 for the dense layer; 8192 tokens: 941 against
 348; PyTorch 2.11). The CUTLASS backend has no such cost and refuses GPUs other than 8.x. What a CUDA graph leaves
-of it is in benchmarks/results/gpu_sparse.md. The weights then take 9/16 of the dense bytes, and are not to be saved.
+of it was not measured yet (`python benchmarks/gpu_check.py --part sparse` does), so time your model before you rely on
+it. The weights then take 9/16 of the dense bytes, and are not to be saved.
 """
 
 import torch

@@ -9,8 +9,8 @@ columns and nothing of the others. Three layouts, for the patterns that the meth
     "flat"         of the layer        1 bit for each weight             (kept,), and `weight_rows` int32 (out + 1,)
 
 With `bits`, `weight_values` holds codes as a stream of bits, padded to whole bytes in each row: (out, bytes), or flat
-with room for the padding, `weight_rows` then counting bytes. `weight_scale` and `weight_zero` hold the grid of each row
-and group of columns: W[n, k] = scale[n, g] * (code - zero[n, g]). How the bits lie is drawn in
+with room for the padding, `weight_rows` then counting bytes. `weight_scale` and `weight_zero` hold the grid of each
+row and group of columns: W[n, k] = scale[n, g] * (code - zero[n, g]). How the bits lie is drawn in
 kernels/torch-ext/slim_kernels/sparse_reference.py and in docs/formats.md.
 """
 
@@ -133,7 +133,7 @@ class SparseLinear(PackedLinear):
         return unpack_mask(self.weight, self.in_features, self.keep)
 
     def packed_arguments(self) -> tuple:
-        """What the operators take besides the activations: tensors, and apart from them `keep`, `bits`, `group_size`."""
+        """What the operators take besides the activations: the tensors, and (`keep`, `bits`, `group_size`)."""
         tensors = self.weight, self.weight_values, self.weight_rows, self.weight_scale, self.weight_zero
         return tensors, (self.keep, self.bits or 0, self.group_size)
 
@@ -148,13 +148,26 @@ class SparseLinear(PackedLinear):
     def validate(self) -> None:
         """Raise a `ValueError` unless index and values belong together."""
         counts = self.mask().sum(1)
+        if not self._is_sound():
+            raise ValueError("the index in weight holds what no mask packs to; the checkpoint is damaged")
         if self.layout == "rows" and bool((counts != self.kept).any()):
             raise ValueError(f"the index does not keep {self.kept} weights in every row; the checkpoint is damaged")
         if self.layout == "flat":
             sizes = (counts * self.bits + 7) // 8 if self.bits else counts
             fits = self.weight_rows[0] == 0 and torch.equal(self.weight_rows.diff().long(), sizes)
-            if not fits or self.weight_rows[-1] > len(self.weight_values):
+            if not fits or counts.sum() != self.kept or self.weight_rows[-1] > len(self.weight_values):
                 raise ValueError("weight_rows does not fit the index in weight; the checkpoint is damaged")
+
+    def _is_sound(self) -> bool:
+        """Whether bits past the last column are 0, or positions ascend and end where the columns do."""
+        rest = self.in_features % (4 if self.keep else 8)
+        if not self.keep:
+            return not rest or not bool((self.weight[:, -1] >> rest).any())
+        width = 2 * self.keep
+        groups = torch.stack([self.weight >> shift & 2**width - 1 for shift in range(0, 8, width)], -1).flatten(1)
+        groups = groups[:, : ceil(self.in_features / 4)]
+        ascending = self.keep == 1 or bool((groups & 3 < groups >> 2).all())
+        return ascending and (not rest or bool((groups[:, -1] >> width - 2 < max(rest, self.keep)).all()))
 
     def extra_repr(self):
         what = f"bits={self.bits}, group_size={self.group_size}" if self.bits else str(self.value_dtype)

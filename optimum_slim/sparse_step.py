@@ -1,4 +1,7 @@
-"""What all methods that drop single weights have in common; the methods differ in how they choose and make up for it."""
+"""What all methods that drop single weights have in common.
+
+They differ in how they choose the weights, and in how the others make up for those that go.
+"""
 
 import dataclasses
 from abc import abstractmethod
@@ -34,8 +37,8 @@ class SparseStep(LinearStep):
         group_size (`int`, *optional*): columns of a row that share a scale, with `bits`; by default the whole row.
         allocation (`str`): `"uniform"`, the default, or `"owl"` to drop fewer weights in decoder layers with many
             outliers.
-        owl_threshold, owl_band: OWL's M, an outlier being M times the mean score, and λ, the most by which a layer's
-            share differs from `sparsity`.
+        owl_threshold, owl_band: OWL's M, an outlier being M times the mean score, and λ: the shares of the layers are
+            spread over a width of 2 λ, their mean being `sparsity`.
         layers (`tuple[int, int]`, *optional*): first decoder layer to prune, and the first one after it not to.
         packed (`bool`): store and multiply without the dropped weights; or leave zeros in ordinary layers, for loaders
             that know nothing of this package.
@@ -63,8 +66,8 @@ class SparseStep(LinearStep):
             raise ValueError(f"allocation must be one of {ALLOCATIONS}, found {self.allocation!r}")
         if (self.allocation == "owl" or self.shares is not None) and pattern.of:
             raise ValueError(
-                f"every layer keeps {pattern.keep} of {pattern.of} columns with sparsity={self.sparsity!r}, so there is "
-                f"nothing to allocate; pass allocation='uniform', or a share such as sparsity={pattern.share:g}"
+                f"every layer keeps {pattern.keep} of {pattern.of} columns with sparsity={self.sparsity!r}, so there "
+                f"is nothing to allocate; pass allocation='uniform', or a share such as sparsity={pattern.share:g}"
             )
         if self.bits is not None and (type(self.bits) is not int or not 2 <= self.bits <= 8):
             raise ValueError(f"bits must be an integer from 2 to 8, or None for 16-bit values; found {self.bits!r}")
@@ -75,8 +78,11 @@ class SparseStep(LinearStep):
                 f"owl_band must lie between 0 and 0.5 and owl_threshold be positive; found {self.owl_band!r} and "
                 f"{self.owl_threshold!r}"
             )
+        if self.shares is not None and not all(0 <= share < 1 for share in self.shares):
+            raise ValueError(f"shares must lie in [0, 1), 0 for layers left dense; found {self.shares!r}")
         if self.layers is not None and (
-            len(self.layers) != 2
+            not isinstance(self.layers, tuple | list)
+            or len(self.layers) != 2
             or not all(type(n) is int for n in self.layers)
             or not 0 <= self.layers[0] < self.layers[1]
         ):
@@ -141,13 +147,12 @@ class SparseStep(LinearStep):
             return "positions", pattern.keep
         if pattern.of:
             return "rows", pattern.kept_in_row(in_features)
-        return "flat", out_features * in_features - int(pattern.share * out_features * in_features)
+        return "flat", out_features * in_features - pattern.dropped(out_features, in_features)
 
     def for_layer(self, name: str) -> "SparseStep":
         if self.shares is None:
             return self
-        index = next(int(part) for part in name.split(".") if part.isdecimal())
-        return dataclasses.replace(self, sparsity=self.shares[index], shares=None, allocation="uniform")
+        return dataclasses.replace(self, sparsity=self._share(name), shares=None, allocation="uniform")
 
     def resolve(self, model: nn.Module) -> "SparseStep":
         count = len(decoder_layers(model)[1]) if self.layers or self.shares else 0
@@ -161,7 +166,27 @@ class SparseStep(LinearStep):
             outside = [f"{prefix}.{index}.*" for index in range(count) if not self.layers[0] <= index < self.layers[1]]
             dense = (*(self.modules_to_not_convert or ()), *outside)
             step = dataclasses.replace(self, modules_to_not_convert=dense)
-        return super(SparseStep, step).resolve(model)
+        resolved = super(SparseStep, step).resolve(model)
+        if self.allocation == "owl" or self.shares is not None:
+            self._check_shares(model, resolved.targets(model))
+        return resolved
+
+    def _check_shares(self, model: nn.Module, names) -> None:
+        prefix = decoder_layers(model)[0]
+        outside = [name for name in names if not name.startswith(f"{prefix}.")]
+        if outside:
+            raise ValueError(
+                f"shares are those of decoder layers, and these linear layers lie outside {prefix}: {outside}. Add "
+                "them to modules_to_not_convert."
+            )
+        dense = [name for name in names if self.shares is not None and self._share(name) == 0]
+        if dense:
+            raise ValueError(
+                f"shares drops nothing of {dense[0]}; leave its decoder layer out with layers=(first, stop)"
+            )
+
+    def _share(self, name: str) -> float:
+        return self.shares[next(int(part) for part in name.split(".") if part.isdecimal())]
 
     def skeleton(self, model: nn.Module) -> None:
         if self.packed:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Pattern:
-    """`share` of all weights is dropped; or `keep` of every `of` neighbouring columns are kept, `of` being 0 otherwise."""
+    """`share` of all weights is dropped; or `keep` of every `of` neighbouring columns are kept (else `of` is 0)."""
 
     share: float
     keep: int = 0
@@ -36,14 +36,18 @@ class Pattern:
         elif not isinstance(sparsity, bool) and isinstance(sparsity, int | float) and 0 < sparsity < 1:
             return cls(float(sparsity))
         raise ValueError(
-            f"sparsity is the share of weights to drop, above 0 and below 1, or 'n:m' to keep n of every m columns (as "
-            f"in '2:4'); found {sparsity!r}"
+            f"sparsity is the share of weights to drop, above 0 and below 1, or 'n:m' to keep n of every m columns "
+            f"(as in '2:4'); found {sparsity!r}"
         )
 
     @property
     def has_positions(self) -> bool:
         """Whether 2-bit positions say which columns are kept in fewer bits than, or as few as, a bitmask."""
         return self.of == 4 and self.keep <= 2
+
+    def dropped(self, rows: int, columns: int) -> int:
+        """Weights that a share drops of a matrix, or of its first `columns` columns: rounded here and nowhere else."""
+        return int(self.share * rows * columns)
 
     def kept_in_row(self, columns: int) -> int:
         """Columns that an n:m pattern keeps in a row."""
@@ -52,7 +56,7 @@ class Pattern:
 
 def lowest(scores: Tensor, count: int) -> Tensor:
     """Mask of the `count` lowest entries of a matrix, of equal ones the first, whole-matrix order being row by row."""
-    mask = torch.zeros_like(scores, dtype=torch.bool)
+    mask = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
     if count <= 0:
         return mask
     threshold = scores.flatten().kthvalue(min(count, scores.numel())).values
@@ -90,7 +94,7 @@ def select(scores: Tensor, pattern: Pattern, *, by_row: bool = False) -> Tensor:
         return lowest_in_groups(scores, pattern.keep, pattern.of)
     if by_row:
         return lowest_in_rows(scores, int(pattern.share * scores.shape[1]))
-    return lowest(scores, int(pattern.share * scores.numel()))
+    return lowest(scores, pattern.dropped(*scores.shape))
 
 
 def outlier_ratio(scores: list[Tensor], threshold: float) -> float:
@@ -103,8 +107,8 @@ def outlier_ratio(scores: list[Tensor], threshold: float) -> float:
 def owl_shares(ratios: list[float], sizes: list[int], share: float, band: float) -> tuple[float, ...]:
     """How much each decoder layer gives up: less where outliers are many (OWL, arXiv 2310.05175, Section 3.3).
 
-    The ratios are spread over a band of width 2 * `band`, and the mean over all weights stays `share`. Equal ratios give
-    equal shares. Shares are written out with 4 digits.
+    The ratios are spread over a band of width 2 * `band`, and the mean over all weights stays `share`, unless a share
+    must be cut off at 0.01 or 0.99. Equal ratios give equal shares. Shares are written out with 4 digits.
 
     Args:
         ratios: Outlier ratio of each layer.

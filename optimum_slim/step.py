@@ -237,7 +237,7 @@ class LinearStep(Step):
         packed.bias = linear.bias
         packed.train(linear.training)
         model.set_submodule(name, packed)
-        return layer_row(name, packed, dense, None if group is None else group.gram)
+        return layer_row(name, packed, dense, group.gram if group is not None and group.tokens else None)
 
     def apply(self, model: nn.Module, tokens: Tensor | None = None, *, teacher=None, journal=None) -> StepReport:
         start, step = time.perf_counter(), self

@@ -91,8 +91,8 @@ class Block:
     """One decoder layer with the inputs it gets from the layers before it; valid until the next block is asked for.
 
     `index` is the layer's position, `name` its qualified name, `inputs` the hidden states entering it, one tensor
-    (batch, length, hidden) per batch. With a reference stream, `references` are the hidden states that enter this layer
-    in the unslimmed model, and `original` is the layer there.
+    (batch, length, hidden) per batch. With a reference stream, `references` are the hidden states that enter this
+    layer in the unslimmed model, and `original` is the layer there.
     """
 
     index: int

@@ -167,7 +167,10 @@ def test_list_names_steps_fields_and_papers(capsys):
         "bitnet": "not needed",
         "depth": "depends on the fields",
         "heal": "needed",
+        "magnitude": "depends on the fields",
         "pt2llm": "needed",
+        "sparsegpt": "needed",
+        "wanda": "needed",
     }
 
 

@@ -166,7 +166,7 @@ def test_state_that_does_not_fit_is_refused(name, tensor):
 
 @pytest.mark.parametrize("settings", [{"layout": "columns", "kept": 2}, {"layout": "positions", "kept": 3}], ids=str)
 def test_unknown_layouts_are_refused(settings):
-    with pytest.raises(ValueError, match="found.*kept="):
+    with pytest.raises(ValueError, match=r"found.*kept="):
         SparseLinear(8, 8, **settings)
 
 

@@ -31,7 +31,7 @@ def test_patterns():
     ids=repr,
 )
 def test_what_is_no_pattern_is_named(sparsity):
-    with pytest.raises(ValueError, match="above 0 and below 1, or 'n:m'.*found"):
+    with pytest.raises(ValueError, match=r"above 0 and below 1, or 'n:m'.*found"):
         Pattern.parse(sparsity)
 
 
@@ -67,6 +67,14 @@ def test_lowest_is_exact_whatever_ties_there_are(kind, count):
     expected = torch.zeros(91, dtype=torch.bool)
     expected[values.flatten().sort(stable=True).indices[:count]] = True
     assert torch.equal(mask.flatten(), expected)
+
+
+@pytest.mark.parametrize("pattern", [0.3, "2:4"])
+def test_transposed_scores_give_the_same_mask(pattern):
+    """The weight of a `Conv1D` is a transposed view."""
+    values = scores().mul(4).round()
+    mask = select(values.T.contiguous().T, Pattern.parse(pattern))
+    assert torch.equal(mask, select(values, Pattern.parse(pattern)))
 
 
 @pytest.mark.parametrize(

@@ -61,8 +61,8 @@ class SparseGPT(SparseStep):
         dampening (`float`): share of the mean diagonal added to that of the Gram matrix; raised tenfold, up to 1, for
             as long as the matrix cannot be factorized.
         pursuit (`int`): most rounds by which the mask is improved.
-        refit (`int`): most steps of conjugate gradients by which the kept weights are fitted to the final mask; 0 keeps
-            SparseGPT's own.
+        refit (`int`): most steps of conjugate gradients by which the kept weights are fitted to the final mask; with
+            0 they stay SparseGPT's own.
         asymmetric (`float`): how far each layer's target moves from its own weights to those that do on the inputs
             behind the pruned layers what the layer did in the unslimmed model; 0 for the paper, 1 for all the way.
         sequential (`bool`): measure the inputs of each layer behind what was pruned before it in the same decoder
@@ -150,6 +150,8 @@ class SparseGPT(SparseStep):
             hessian = Hessian(shared, self.dampening) if self.pursuit or self.refit else None
         else:
             pruned, mask, _ = eliminate(weight, shared, pattern, self.blocksize, grid)
+        if self.pursuit or self.refit:
+            weight = weight.masked_fill(hessian.dead, 0)
         if self.pursuit:
             choose = functools.partial(select, pattern=pattern)
             pruned, mask = pursue(pruned, weight, mask, hessian.matrix, choose, self.pursuit)
@@ -193,7 +195,7 @@ def eliminate(
             dropped[start:stop] = lowest_in_groups(scores.T, pattern.keep, pattern.of).T
         else:
             rows = columns.shape[1]
-            dropped[start:stop] = lowest(scores, int(pattern.share * rows * stop) - int(pattern.share * rows * start))
+            dropped[start:stop] = lowest(scores, pattern.dropped(rows, stop) - pattern.dropped(rows, start))
 
     def leaf(start: int, stop: int) -> None:
         for j in range(start, stop):
@@ -248,7 +250,13 @@ def official(
     weight[:, dead] = 0
     dropped = torch.zeros_like(weight, dtype=torch.bool)
     hessian.diagonal().add_(dampening * hessian.diagonal().mean())
-    inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
+    try:
+        inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
+    except torch.linalg.LinAlgError as error:
+        raise ValueError(
+            f"the Gram matrix is not positive definite with a dampening of {dampening:g}; raise it, use more "
+            "calibration samples, or another variant, which raises it as needed"
+        ) from error
     for start in range(0, weight.shape[1], blocksize):
         stop = min(start + blocksize, weight.shape[1])
         block, factor = weight[:, start:stop].clone(), inverse[start:stop, start:stop]

@@ -2,9 +2,9 @@
 
     S[n, k] = |W[n, k]| * ||x_k||₂
 
-Scores are compared within each output row: int(sparsity * in) weights of a row go, or of every group what n:m asks for.
-The other weights stay as they are. A layer that saw no token is pruned by magnitude. `refit` solves for them by least squares on the calibration tokens, which the paper
-does not do.
+Scores are compared within each output row: int(sparsity * in) weights of a row go, or of every group what n:m asks.
+The other weights stay as they are; `refit` solves for them by least squares on the calibration tokens, which the paper
+does not do. A layer that saw no token is pruned by magnitude.
 """
 
 from __future__ import annotations
@@ -49,6 +49,12 @@ class Wanda(SparseStep):
 
     def share(self, group):
         return group
+
+    def replace(self, model, name, group=None, shared=None, target=None):
+        row = super().replace(model, name, group, shared, target)
+        if not group.tokens:
+            row["note"] = f"pruned by magnitude: only {group.tokens} calibration tokens reached this layer"
+        return row
 
     def layout(self, out_features, in_features):
         pattern = Pattern.parse(self.sparsity)

@@ -9,6 +9,7 @@ from optimum_slim.affine import AffineGrid
 from optimum_slim.hessian import Hessian
 from optimum_slim.methods.sparsegpt import SparseGPT, eliminate, official
 from optimum_slim.sparsity import Pattern, select
+from optimum_slim.walk import Group
 
 
 HALF = Pattern.parse(0.5)
@@ -310,6 +311,15 @@ def test_official_drops_all_ties_and_rounds_as_the_reference():
     assert int((state["weight_values"] == 0).sum()) == 3  # one zero more in each block, stored as a kept one
 
 
+@pytest.mark.parametrize("variant", ["official", "paper"])
+def test_a_matrix_that_cannot_be_factorized_is_refused_with_the_name_of_the_layer(variant):
+    weight, _ = problem()
+    step = SparseGPT(variant=variant, allocation="uniform")
+    gram = torch.ones(64, 64).fill_diagonal_(0.01)
+    with pytest.raises(ValueError, match="positive definite"):
+        step.pack("layer", weight, step.share(Group(["layer"], gram, 500)))
+
+
 @pytest.mark.parametrize(
     "fields",
     [
@@ -336,4 +346,4 @@ def test_what_the_variants_decide():
     assert (paper.pursuit, paper.refit, paper.sequential, paper.asymmetric) == (0, 0, False, 0.0)
     assert SparseGPT(sparsity="2:4").allocation == "uniform" and SparseGPT(variant="paper", refit=3).refit == 3
     with pytest.raises(ValueError, match="NaN or infinite"):
-        SparseGPT().share(type("Group", (), {"tokens": 500, "gram": torch.full((4, 4), torch.nan)}))
+        SparseGPT().share(Group(["layer"], torch.full((4, 4), torch.nan), 500))

@@ -1,4 +1,4 @@
-"""Sparse linear layers on NVIDIA and AMD GPUs: choose tiles, allocate, launch the kernels of `sparse_triton_kernels.py`.
+"""Sparse linear layers on NVIDIA and AMD GPUs: choose tiles, allocate, launch what is in `sparse_triton_kernels.py`.
 
 Up to 16 tokens the product is made from the packed form: one launch, and a second for the sum where K had to be split
 to fill the GPU. Every form is multiplied so, codes of every width too, but groups of a size that is no multiple of 8.
@@ -9,9 +9,12 @@ time, and zeros save none of it there (`optimum_slim.semi_structured` makes laye
 memory of one dense layer for the time of the call.
 
 x in fp32 is multiplied in fp32 throughout, unless TF32 was allowed in PyTorch's matmul.
+
+The tiles follow from what the kernels compile to (benchmarks/results/sparse_triton_static.md). They have not run on a
+GPU yet; `python benchmarks/gpu_check.py --part sparse` checks and times them there.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +31,7 @@ FEW_TOKENS = 2
 """Up to this many tokens the products are made on the ordinary cores, above it by `tl.dot`."""
 
 TARGET_WARPS = 2048
-"""Warps that keep a data-centre GPU (H100: 132 multiprocessors) busy; K is split where the rows give less than half."""
+"""Warps that keep a data-centre GPU (H100: 132 multiprocessors) busy; K is split where rows give less than half."""
 
 _BLOCK_SUM = 1024
 
@@ -162,6 +165,9 @@ def expand_sparse(
     outs = weight.shape[0]
     dense = torch.empty(outs, columns, dtype=dtype, device=weight.device)
     tiles = choose_sparse_tiles(0, outs, columns, nvidia=_speaks_ptx(weight))
+    group = _element_group(columns, group_size, bits)
+    if group < 0:
+        tiles = replace(tiles, elements=tiles.elements // 2)  # scales of every column take registers too
     per_split = tiles.columns_per_split(columns)
     weight, values = weight.contiguous(), _at_word(values, bits)
     with torch.cuda.device_of(weight):
@@ -182,7 +188,7 @@ def expand_sparse(
             per_split,
             KEEP=keep,
             BITS=bits,
-            GROUP=_element_group(columns, group_size, bits),
+            GROUP=group,
             ALIGNED=_in_words(weight),
             ROWS=tiles.rows,
             ELEMENTS=tiles.elements,

@@ -10,9 +10,10 @@ Triton, a tile of elements is a vector, row after row, until it is multiplied.) 
     positions   2 groups of four columns, each with one or two values at a fixed place: nothing to count.
     codes       a window of 32 bits of the row's stream, cut out of two aligned words, so codes of any width work.
 
-Three kernels share that decoding. One or two tokens `sparse_few_kernel` multiplies in fp32 on the ordinary cores; up to 16
-`sparse_dot_kernel` rounds the weights to the dtype of x and uses `tl.dot`; for more, and for dx, `sparse_expand_kernel`
-writes the dense matrix. All of them cut K into splits; a split of a bitmask first counts the bits before it.
+Three kernels share that decoding. `sparse_few_kernel` multiplies one or two tokens in fp32 on the ordinary cores;
+`sparse_dot_kernel`, up to 16, rounds the weights to the dtype of x and uses `tl.dot`; for more, and for dx,
+`sparse_expand_kernel` writes the dense matrix. All cut K into splits; a split of a bitmask first counts the bits before
+it.
 """
 
 import triton
@@ -243,13 +244,11 @@ def _position_codes(
 
 @triton.jit
 def _row_pointers(values, rows, r, row_length, num_words, BITS: tl.constexpr):
-    """(pointers to the rows' values or aligned words, bits to skip there, words from there to the end) of each element."""
+    """(pointers to the row's values or aligned words, bits to skip there, words from there to the end) by element."""
     start = r.to(tl.int64) * row_length if rows is None else tl.load(rows + r).to(tl.int64)
-    if BITS == 0:
-        pointers = values + start
-    else:
-        pointers = values.to(tl.pointer_type(tl.uint32)) + (start >> 2)
-    return pointers, ((start & 3) * 8).to(tl.int32), (num_words - (start >> 2)).to(tl.int32)
+    word = start >> 2
+    pointers = values + start if BITS == 0 else values.to(tl.pointer_type(tl.uint32)) + word
+    return pointers, ((start & 3) * 8).to(tl.int32), (num_words - word).to(tl.int32)
 
 
 @triton.jit
