@@ -1,9 +1,9 @@
 """The best weights for a mask, and a better mask for the weights.
 
 Both minimize the output error of a layer, tr((T - Q) H (T - Q)ᵀ) with T the weights aimed at, over Q that is 0 where
-the mask drops. For a given mask that is least squares, solved for all rows at once by conjugate gradients (`refit`, the
-last step of ALPS, arXiv 2406.07831). The mask improves by hard thresholding pursuit (Foucart, SIAM J. Numer. Anal. 49,
-2011): follow the gradient to where dropped weights would like to be, keep the best again, and refit (`pursue`).
+the mask drops. For a given mask that is least squares, solved for all rows at once by conjugate gradients (`refit`,
+the last step of ALPS, arXiv 2406.07831). The mask improves by hard thresholding pursuit (Foucart, SIAM J. Numer. Anal.
+49, 2011): follow the gradient to where dropped weights would like to be, keep the best again, and refit (`pursue`).
 """
 
 from collections.abc import Callable

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._kernels import sparse_speed
 from .affine import AffineGrid
 from .packed import PackedLinear, linear_shape, linear_weight
 from .sparse import SparseLinear
@@ -203,7 +204,7 @@ class SparseStep(LinearStep):
         return row
 
     def notes(self) -> list[str]:
-        return [] if self.packed else [NOT_SMALLER]
+        return [sparse_speed() if self.packed else NOT_SMALLER]
 
     def allocate(self, model: nn.Module, tokens: Tensor, visiting=nullcontext) -> "SparseStep":
         if self.allocation != "owl" or self.shares is not None:

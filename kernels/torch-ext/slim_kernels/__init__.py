@@ -8,7 +8,7 @@ from .reference import (
     ternary_linear_reference,
     unpack_ternary,
 )
-from .sparse_cpu import sparse_dense
+from .sparse_cpu import sparse_dense, sparse_speed
 from .sparse_ops import sparse_linear, sparse_linear_dx
 from .sparse_reference import (
     index_bytes,
@@ -34,6 +34,7 @@ __all__ = [
     "sparse_linear_dx",
     "sparse_linear_dx_reference",
     "sparse_linear_reference",
+    "sparse_speed",
     "ternary_linear",
     "ternary_linear_dx",
     "ternary_linear_dx_reference",

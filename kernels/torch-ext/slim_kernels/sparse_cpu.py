@@ -33,6 +33,22 @@ def sparse_path() -> str:
     return "reference" if library is None else SPARSE_PATHS[sparse_isa(path)]
 
 
+def sparse_speed() -> str:
+    """Where the CPU operator is faster than bf16 `F.linear` and where not, as benchmarks/sparse_linear.py found."""
+    path = sparse_path()
+    if path == "reference":
+        return "plain PyTorch answers for sparse layers on this CPU, slower than dense at every shape"
+    if path in ("portable", "avx2"):
+        return (
+            f"sparse layers on this CPU ({path}): slower than dense for single tokens, about even for 4 to 16 at "
+            "once, slower for long prompts"
+        )
+    return (
+        f"sparse layers on this CPU ({path}): 2.5 times or more the speed of dense for single tokens, about even at "
+        "16 at once, 0.65 to 0.95 times for long prompts, for which the weights are unpacked first"
+    )
+
+
 @functools.cache
 def sparse_isa(path: str) -> int:
     """Index in `SPARSE_PATHS` of what the path `path` of `cpu.PATHS` means for sparse layers on this processor."""
