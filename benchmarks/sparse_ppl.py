@@ -5,8 +5,8 @@
 WikiText-2 test text, tokenized once, the first 16 non-overlapping windows of 1024 tokens, bf16. All linear layers of
 the decoder are pruned; the tied embeddings and head stay dense. Calibration: 64 windows of 512 tokens of the
 validation text, or as many of the model's own samples where a row says so. Bits per weight are those of the packed
-layers, index and scales included. Every finished row goes into results/sparse_ppl.csv at once, so that the rows can be made in
-several runs; results/sparse_ppl.md is made from it and keeps its notes.
+layers, index and scales included. Every finished row goes into results/sparse_ppl.csv at once, so that the rows can be
+made in several runs; results/sparse_ppl.md is made from it and keeps its notes.
 
     magnitude, wanda          the baselines
     official                  SparseGPT as the authors' code computes it

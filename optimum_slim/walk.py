@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, MutableSequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -36,6 +36,9 @@ from transformers import PreTrainedModel
 
 from .memory import shared_copy
 from .packed import linear_shape
+
+
+AHEAD_LIMIT = 512 * 2**20  # bytes of a layer's reference inputs that are kept to run the original layer only once
 
 
 class _StopForward(Exception):
@@ -103,6 +106,8 @@ class Block:
     references: MutableSequence[Tensor] | None = None
     original: nn.Module | None = None
     batch_tokens: int = 0  # of the batch that was run last
+    advanced: bool = False  # the hidden states are those behind the layer already
+    ahead: list[dict[str, Tensor]] = field(default_factory=list)  # what enters modules of `original`, for each batch
 
     @property
     def layer(self) -> nn.Module:
@@ -116,9 +121,10 @@ class Block:
 
     def advance(self) -> None:
         """Let the hidden states pass through the layer as it is now, the reference stream through the original."""
-        for batch, output in enumerate(self.outputs()):
-            self.inputs[batch] = output
-        if self.references is not None:
+        if not self.advanced:
+            for batch, output in enumerate(self.outputs()):
+                self.inputs[batch] = output
+        if self.references is not None and not self.ahead:
             for batch in range(len(self.references)):
                 self.references[batch] = _states(self._run(batch, original=True)).to("cpu")
 
@@ -148,13 +154,18 @@ class Block:
                 f"No calibration token reached {', '.join(sorted(unseen))} in {self.name}. "
                 "Use more calibration samples, or leave these modules out with modules_to_not_convert."
             )
+        if self.references is not None and not self.ahead:
+            self._look_ahead({names[0]: modules[names[0]] for names in groups})
         for together in [groups] if not sequential else [[names] for names in groups]:
             yield from self._measured(modules, together)
         for name, module in unseen.items():
             yield Group([name], torch.zeros((linear_shape(module)[1],) * 2, device=_device(module)), 0)
 
     def square_means(self, modules: dict[str, nn.Module]) -> dict[str, Tensor]:
-        """The mean of x² over the tokens that enter each module, fp32 (in,); modules no token reached are left out."""
+        """The mean of x² over the tokens that enter each module, fp32 (in,); modules no token reached are left out.
+
+        The hidden states pass through the layer at the same time, so it must not be edited afterwards.
+        """
         sums: dict[str, Tensor] = {}
         counts = dict.fromkeys(modules, 0)
 
@@ -165,7 +176,8 @@ class Block:
 
         with input_hooks(modules, accumulate):
             for batch in range(len(self.inputs)):
-                self._run(batch)
+                self.inputs[batch] = _states(self._run(batch)).to("cpu")
+        self.advanced = True
         return {name: total / counts[name] for name, total in sums.items() if counts[name]}
 
     def _run(self, batch: int, *, original: bool = False) -> Any:
@@ -193,6 +205,22 @@ class Block:
             if not missing:
                 break
         return groups, missing
+
+    def _look_ahead(self, modules: dict[str, nn.Module]) -> None:
+        """Run the original layer once and keep what enters all these modules, unless that is too much."""
+        tokens = sum(states.shape[:-1].numel() for states in self.references)
+        widths = sum(linear_shape(module)[1] for module in modules.values())
+        if tokens * widths * self.references[0].element_size() > AHEAD_LIMIT:
+            return
+        originals = self._originals(modules)
+        for batch in range(len(self.references)):
+            entering: dict[str, Tensor] = {}
+            with input_hooks(originals, entering.__setitem__):
+                self.references[batch] = _states(self._run(batch, original=True)).to("cpu")
+            self.ahead.append(entering)
+
+    def _originals(self, names: Iterable[str]) -> dict[str, nn.Module]:
+        return {name: self.original.get_submodule(name.removeprefix(f"{self.name}.")) for name in names}
 
     def _measured(self, modules: dict[str, nn.Module], groups: list[list[str]]) -> list[Group]:
         """The groups with their moments, from one pass over the batches; a single group's pass ends at its input."""
@@ -223,11 +251,11 @@ class Block:
             if len(groups) == 1:
                 raise _StopForward
 
-        originals = {}
-        if self.references is not None:
-            originals = {name: self.original.get_submodule(name.removeprefix(f"{self.name}.")) for name in firsts}
+        originals = self._originals(firsts) if self.references is not None else {}
         for batch in range(len(self.inputs)):
-            if self.references is not None:
+            if self.ahead:
+                expected = {name: flat(self.ahead[batch][name]) for name in firsts if name in self.ahead[batch]}
+            elif self.references is not None:
                 with suppress(_StopForward), input_hooks(originals, remember):
                     self._run(batch, original=True)
             with suppress(_StopForward), input_hooks({name: modules[name] for name in firsts}, accumulate):

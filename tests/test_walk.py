@@ -326,19 +326,24 @@ def inputs_of(model, tokens, suffix):
     return found
 
 
+@pytest.mark.parametrize("limit", [None, 0])
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma3_text", "opt"])
-def test_without_edits_both_streams_are_the_same(model_type, tokens):
+def test_without_edits_both_streams_are_the_same(model_type, limit, tokens, monkeypatch):
+    if limit is not None:  # what enters the original layer is then computed again for each group
+        monkeypatch.setattr("optimum_slim.walk.AHEAD_LIMIT", limit)
     kinds = (nn.Linear, type(decoder_layers(tiny_model("gpt2"))[1][0].attn.c_attn))
     for block in walk(tiny_model(model_type), tokens, batch_size=2, reference=True):
+        assert all(torch.equal(a, b) for a, b in zip(block.inputs, block.references, strict=True))
         modules = {name: module for name, module in block.layer.named_modules() if isinstance(module, kinds)}
         for group in block.gram_groups(modules):
             torch.testing.assert_close(group.cross, group.gram)
-        assert all(torch.equal(a, b) for a, b in zip(block.inputs, block.references, strict=True))
 
 
+@pytest.mark.parametrize("limit", [2**20, 0])
 @pytest.mark.parametrize("sequential", [True, False])
-def test_cross_moments_are_those_of_the_two_models(sequential, tokens):
+def test_cross_moments_are_those_of_the_two_models(sequential, limit, tokens, monkeypatch):
     """Of r xᵀ, where r is the input in the unslimmed model and x the one behind the edited layers."""
+    monkeypatch.setattr("optimum_slim.walk.AHEAD_LIMIT", limit)
     dense = [block.inputs[0] for block in walk(tiny_model("llama"), tokens)]
     reference = inputs_of(tiny_model("llama"), tokens, "mlp.down_proj")
     model, measured = tiny_model("llama"), []

@@ -81,7 +81,7 @@ def locate(words, element, lane, before, KEEP: tl.constexpr, ROWS: tl.constexpr,
 
 
 @triton.jit
-def _split_four(quads):
+def split_four(quads):
     """(n, 4) to four (n,)."""
     even, odd = tl.split(tl.reshape(quads, (quads.shape[0], 2, 2)))
     v0, v2 = tl.split(even)
@@ -207,7 +207,7 @@ def _position_values(value_rows, first, bits, row_length, KEEP: tl.constexpr, dt
         v0, v1 = tl.split(values)
         v2, v3 = v0, v1
     else:
-        v0, v1, v2, v3 = _split_four(values)
+        v0, v1, v2, v3 = split_four(values)
     dropped = tl.full(bits.shape, 0.0, dtype=dtype)
     return _place_element(v0.to(dtype), v1.to(dtype), v2.to(dtype), v3.to(dtype), bits, dropped, KEEP)
 

@@ -9,14 +9,22 @@ the bits before it first.
 import triton
 import triton.language as tl
 
-from .sparse_triton_decode import count_before, decode, element_words, join_tile, locate, row_pointers
+from .sparse_triton_decode import (
+    count_before,
+    decode,
+    element_words,
+    join_tile,
+    locate,
+    row_pointers,
+    split_four,
+)
 
 
 @triton.jit
 def _load_x(x, column, K, ROWS: tl.constexpr):
     """Four columns of x from each of `column` (elements,) on, as fp32: four (rows * elements,), the rows alike."""
     k = column[:, None] + tl.arange(0, 4)[None, :]
-    a0, a1, a2, a3 = _split_four(tl.load(x + k, mask=k < K, other=0.0))
+    a0, a1, a2, a3 = split_four(tl.load(x + k, mask=k < K, other=0.0))
     return _for_rows(a0, ROWS), _for_rows(a1, ROWS), _for_rows(a2, ROWS), _for_rows(a3, ROWS)
 
 
