@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .walk import decoder_layers, evaluating, input_hooks
+from .block import evaluating, input_hooks
+from .walk import decoder_layers
 
 
 def last_token_states(

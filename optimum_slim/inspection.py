@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .block import evaluating
 from .distance import angular_distances, distance_rows, last_token_states
 from .evaluate import perplexity
 from .figures import check_matplotlib, draw_distances, draw_perplexity
@@ -30,7 +31,7 @@ from .memory import shared_copy
 from .methods.depth import Depth, greedy_order
 from .saving import check_target, take_place
 from .step import Step
-from .walk import decoder_layers, evaluating
+from .walk import decoder_layers
 
 
 @dataclass(frozen=True)

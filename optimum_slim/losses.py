@@ -29,7 +29,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .walk import decoder_layers, evaluating
+from .block import evaluating
+from .walk import decoder_layers
 
 
 ROWS = 128  # rows of logits turned into fp32 together

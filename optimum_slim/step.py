@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
+from .block import Group
 from .calibration import Calibration
 from .hessian import asymmetric_map
 from .packed import PackedLinear, linear_weight
-from .walk import Group, decoder_layers, walk
+from .walk import decoder_layers, walk
 
 
 STEPS: dict[str, type["Step"]] = {}

@@ -14,7 +14,7 @@ and gives each layer its own masks and rotary embeddings (they differ from layer
 windows). From there on each layer is called with those arguments and the hidden states of the layer before it.
 
 With `reference=True` a second stream of hidden states follows, those of the model as it was, so that a layer can be
-fitted to what it should have received (asymmetric calibration, GPTAQ, arXiv 2504.02692).
+fitted to what it should have received. What is measured in a layer is in block.py.
 
 Memory: the hidden states of all samples, kept on the CPU in the model's dtype (twice with a reference stream), and
 whatever the consumer keeps.
@@ -25,8 +25,7 @@ was.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, MutableSequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -34,15 +33,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .block import Block, evaluating
 from .memory import shared_copy
-from .packed import linear_shape
-
-
-AHEAD_LIMIT = 512 * 2**20  # bytes of a layer's reference inputs that are kept to run the original layer only once
-
-
-class _StopForward(Exception):
-    """Ends a layer's forward pass once the wanted input has been seen."""
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -73,206 +65,6 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         f"No decoder layers found in {type(model).__name__}: expected model.get_decoder() to hold a ModuleList of "
         f"config.num_hidden_layers = {count} members. Pass a model loaded with AutoModelForCausalLM."
     )
-
-
-@dataclass
-class Group:
-    """Modules with one common input x, and its second moments over the calibration tokens.
-
-    `gram` is the mean of x x^T over `tokens` tokens, fp32 (in, in). `cross` is the mean of r x^T, where r is the input
-    that the unslimmed model has there for the same token; `None` without a reference stream.
-    """
-
-    names: list[str]
-    gram: Tensor
-    tokens: int
-    cross: Tensor | None = None
-
-
-@dataclass
-class Block:
-    """One decoder layer with the inputs it gets from the layers before it; valid until the next block is asked for.
-
-    `index` is the layer's position, `name` its qualified name, `inputs` the hidden states entering it, one tensor
-    (batch, length, hidden) per batch. With a reference stream, `references` are the hidden states that enter this
-    layer in the unslimmed model, and `original` is the layer there.
-    """
-
-    index: int
-    name: str
-    stack: nn.ModuleList
-    inputs: MutableSequence[Tensor]
-    arguments: list[tuple[tuple, dict]]
-    references: MutableSequence[Tensor] | None = None
-    original: nn.Module | None = None
-    batch_tokens: int = 0  # of the batch that was run last
-    advanced: bool = False  # the hidden states are those behind the layer already
-    ahead: list[dict[str, Tensor]] = field(default_factory=list)  # what enters modules of `original`, for each batch
-
-    @property
-    def layer(self) -> nn.Module:
-        """The decoder layer as it is now, edits included."""
-        return self.stack[self.index]
-
-    def outputs(self) -> Iterator[Tensor]:
-        """Run the layer, as it is now, on one batch after the other: (batch, length, hidden) each, on the CPU."""
-        for batch in range(len(self.inputs)):
-            yield _states(self._run(batch)).to("cpu")
-
-    def advance(self) -> None:
-        """Let the hidden states pass through the layer as it is now, the reference stream through the original."""
-        if not self.advanced:
-            for batch, output in enumerate(self.outputs()):
-                self.inputs[batch] = output
-        if self.references is not None and not self.ahead:
-            for batch in range(len(self.references)):
-                self.references[batch] = _states(self._run(batch, original=True)).to("cpu")
-
-    def gram_groups(
-        self, modules: dict[str, nn.Module], *, sequential: bool = True, accept_unseen: bool = False
-    ) -> Iterator[Group]:
-        """Measure the second moments of what enters the given modules of this layer.
-
-        Modules with one common input (query, key and value; gate and up) form a group and share one matrix. Groups
-        come in the order of execution.
-
-        Args:
-            modules: The modules to measure by name, each somewhere inside `layer`.
-            sequential: Run the layer again before each group, so that what was replaced earlier in the layer is seen.
-                Otherwise one pass serves all groups and their matrices are held together.
-            accept_unseen: A module that saw no token (an expert no token was routed to) ends in a group of its own,
-                with a Gram matrix of zeros.
-
-        Raises:
-            ValueError: a module saw no token.
-        """
-        if not modules:
-            return
-        groups, unseen = self._groups(modules)
-        if unseen and not accept_unseen:
-            raise ValueError(
-                f"No calibration token reached {', '.join(sorted(unseen))} in {self.name}. "
-                "Use more calibration samples, or leave these modules out with modules_to_not_convert."
-            )
-        if self.references is not None and not self.ahead:
-            self._look_ahead({names[0]: modules[names[0]] for names in groups})
-        for together in [groups] if not sequential else [[names] for names in groups]:
-            yield from self._measured(modules, together)
-        for name, module in unseen.items():
-            yield Group([name], torch.zeros((linear_shape(module)[1],) * 2, device=_device(module)), 0)
-
-    def square_means(self, modules: dict[str, nn.Module]) -> dict[str, Tensor]:
-        """The mean of x² over the tokens that enter each module, fp32 (in,); modules no token reached are left out.
-
-        The hidden states pass through the layer at the same time, so it must not be edited afterwards.
-        """
-        sums: dict[str, Tensor] = {}
-        counts = dict.fromkeys(modules, 0)
-
-        def accumulate(name: str, x: Tensor) -> None:
-            squares = x.reshape(-1, x.shape[-1]).float().square()
-            sums[name] = sums.get(name, 0) + squares.sum(0)
-            counts[name] += len(squares)
-
-        with input_hooks(modules, accumulate):
-            for batch in range(len(self.inputs)):
-                self.inputs[batch] = _states(self._run(batch)).to("cpu")
-        self.advanced = True
-        return {name: total / counts[name] for name, total in sums.items() if counts[name]}
-
-    def _run(self, batch: int, *, original: bool = False) -> Any:
-        """Call the layer on one batch, in evaluation mode and without an autograd graph."""
-        args, kwargs = self.arguments[batch]
-        layer, states = (self.original, self.references) if original else (self.layer, self.inputs)
-        states = states[batch].to(_device(layer))
-        self.batch_tokens = states.shape[:-1].numel()
-        with torch.no_grad(), evaluating(layer):
-            return layer(states, *args, **kwargs)
-
-    def _groups(self, modules: dict[str, nn.Module]) -> tuple[list[list[str]], dict[str, nn.Module]]:
-        """Names of modules by common input, in the order of their first call, and the modules never called."""
-        groups: list[list[str]] = []
-        missing = dict(modules)
-        for batch in range(len(self.inputs)):
-            seen: list[tuple[str, Tensor]] = []  # keeps the inputs alive, so that an address stands for one tensor
-            with input_hooks(missing, lambda name, x, seen=seen: seen.append((name, x))):
-                self._run(batch)
-            found: dict[tuple, list[str]] = {}
-            for name, x in seen:
-                if x.numel() and missing.pop(name, None) is not None:
-                    found.setdefault((x.data_ptr(), x.shape, x.stride(), x.dtype), []).append(name)
-            groups += found.values()
-            if not missing:
-                break
-        return groups, missing
-
-    def _look_ahead(self, modules: dict[str, nn.Module]) -> None:
-        """Run the original layer once and keep what enters all these modules, unless that is too much."""
-        tokens = sum(states.shape[:-1].numel() for states in self.references)
-        widths = sum(linear_shape(module)[1] for module in modules.values())
-        if tokens * widths * self.references[0].element_size() > AHEAD_LIMIT:
-            return
-        originals = self._originals(modules)
-        for batch in range(len(self.references)):
-            entering: dict[str, Tensor] = {}
-            with input_hooks(originals, entering.__setitem__):
-                self.references[batch] = _states(self._run(batch, original=True)).to("cpu")
-            self.ahead.append(entering)
-
-    def _originals(self, names: Iterable[str]) -> dict[str, nn.Module]:
-        return {name: self.original.get_submodule(name.removeprefix(f"{self.name}.")) for name in names}
-
-    def _measured(self, modules: dict[str, nn.Module], groups: list[list[str]]) -> list[Group]:
-        """The groups with their moments, from one pass over the batches; a single group's pass ends at its input."""
-        firsts = [names[0] for names in groups]
-        grams: dict[str, Tensor] = {}
-        crosses: dict[str, Tensor] = {}
-        counts = dict.fromkeys(firsts, 0)
-        expected: dict[str, Tensor] = {}  # the reference inputs of one batch
-
-        def flat(x: Tensor) -> Tensor:
-            return x.reshape(-1, x.shape[-1]).float()
-
-        def remember(name: str, x: Tensor) -> None:
-            expected[name] = flat(x)
-            if len(groups) == 1:
-                raise _StopForward
-
-        def accumulate(name: str, x: Tensor) -> None:
-            x = flat(x)
-            if name not in grams:
-                grams[name] = x.new_zeros(x.shape[1], x.shape[1])
-                if self.references is not None:
-                    crosses[name] = torch.zeros_like(grams[name])
-            grams[name].addmm_(x.T, x)
-            if self.references is not None:
-                crosses[name].addmm_(self._matching(expected.pop(name, None), x).T, x)
-            counts[name] += x.shape[0]
-            if len(groups) == 1:
-                raise _StopForward
-
-        originals = self._originals(firsts) if self.references is not None else {}
-        for batch in range(len(self.inputs)):
-            if self.ahead:
-                expected = {name: flat(self.ahead[batch][name]) for name in firsts if name in self.ahead[batch]}
-            elif self.references is not None:
-                with suppress(_StopForward), input_hooks(originals, remember):
-                    self._run(batch, original=True)
-            with suppress(_StopForward), input_hooks({name: modules[name] for name in firsts}, accumulate):
-                self._run(batch)
-        return [
-            Group(
-                names,
-                grams.pop(name).div_(counts[name]),
-                counts[name],
-                crosses[name].div_(counts[name]) if crosses else None,
-            )
-            for name, names in zip(firsts, groups, strict=True)
-        ]
-
-    def _matching(self, reference: Tensor | None, x: Tensor) -> Tensor:
-        """The reference input of the same tokens, or `x` itself where only some tokens were routed to the module."""
-        return reference if reference is not None and len(reference) == len(x) == self.batch_tokens else x
 
 
 def walk(
@@ -404,41 +196,3 @@ def _shared(value: Any, kept: list[Tensor], known: dict[int, Tensor]) -> Any:
 
 def _equal(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
-
-
-@contextmanager
-def input_hooks(modules: dict[str, nn.Module], receive: Any) -> Iterator[None]:
-    """Call `receive(name, input)` whenever one of the modules is about to run."""
-    handles = []
-    try:
-        for name, module in modules.items():
-            hook = partial(_hand_over, receive, name)
-            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _hand_over(receive: Any, name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
-    receive(name, args[0] if args else next(iter(kwargs.values())))
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, each submodule's own mode again afterwards."""
-    training = [child for child in module.modules() if child.training]
-    try:
-        module.eval()
-        yield
-    finally:
-        for child in training:
-            child.training = True
-
-
-def _states(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
-
-
-def _device(module: nn.Module) -> torch.device:
-    return next((p.device for p in module.parameters()), torch.device("cpu"))

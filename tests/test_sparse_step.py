@@ -13,8 +13,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
 from optimum_slim import Calibration, Magnitude, SlimConfig, SparseGPT, SparseLinear, Wanda, slim
+from optimum_slim.block import Group
 from optimum_slim.sparse_step import NOT_SMALLER
-from optimum_slim.walk import Group, walk
+from optimum_slim.walk import walk
 
 
 TOKENS = token_ids(8, 32)

@@ -330,7 +330,7 @@ def inputs_of(model, tokens, suffix):
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma3_text", "opt"])
 def test_without_edits_both_streams_are_the_same(model_type, limit, tokens, monkeypatch):
     if limit is not None:  # what enters the original layer is then computed again for each group
-        monkeypatch.setattr("optimum_slim.walk.AHEAD_LIMIT", limit)
+        monkeypatch.setattr("optimum_slim.block.AHEAD_LIMIT", limit)
     kinds = (nn.Linear, type(decoder_layers(tiny_model("gpt2"))[1][0].attn.c_attn))
     for block in walk(tiny_model(model_type), tokens, batch_size=2, reference=True):
         assert all(torch.equal(a, b) for a, b in zip(block.inputs, block.references, strict=True))
@@ -343,7 +343,7 @@ def test_without_edits_both_streams_are_the_same(model_type, limit, tokens, monk
 @pytest.mark.parametrize("sequential", [True, False])
 def test_cross_moments_are_those_of_the_two_models(sequential, limit, tokens, monkeypatch):
     """Of r xᵀ, where r is the input in the unslimmed model and x the one behind the edited layers."""
-    monkeypatch.setattr("optimum_slim.walk.AHEAD_LIMIT", limit)
+    monkeypatch.setattr("optimum_slim.block.AHEAD_LIMIT", limit)
     dense = [block.inputs[0] for block in walk(tiny_model("llama"), tokens)]
     reference = inputs_of(tiny_model("llama"), tokens, "mlp.down_proj")
     model, measured = tiny_model("llama"), []

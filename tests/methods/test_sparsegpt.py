@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from optimum_slim.affine import AffineGrid
+from optimum_slim.block import Group
 from optimum_slim.hessian import Hessian
 from optimum_slim.methods.sparsegpt import SparseGPT, eliminate, official
 from optimum_slim.sparsity import Pattern, select
-from optimum_slim.walk import Group
 
 
 HALF = Pattern.parse(0.5)

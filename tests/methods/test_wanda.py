@@ -5,9 +5,9 @@ import torch
 
 from optimum_slim import Wanda
 from optimum_slim.affine import AffineGrid
+from optimum_slim.block import Group
 from optimum_slim.hessian import Hessian
 from optimum_slim.sparsity import lowest_in_groups, lowest_in_rows
-from optimum_slim.walk import Group
 
 
 def problem(rows=12, columns=40, seed=0):
