@@ -272,8 +272,8 @@ def _before_ampere(device: torch.device) -> bool:
         return False
     name = torch.cuda.get_device_name(device)
     warnings.warn(
-        f"The kernels of optimum_slim need an NVIDIA GPU of compute capability 8.0 or newer; {name} is older. Using plain "
-        "PyTorch instead, which is slow.",
+        f"The kernels of optimum_slim need an NVIDIA GPU of compute capability 8.0 or newer; {name} is older. Using "
+        "plain PyTorch instead, which is slow.",
         stacklevel=4,
     )
     return True
