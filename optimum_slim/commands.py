@@ -18,6 +18,7 @@ from .evaluate import evaluate, tokenize
 from .figures import check_matplotlib
 from .inspection import inspect
 from .loading import load_model, load_tokenizer
+from .plain_yaml import load_yaml
 from .plan import plan
 from .recipe import slim
 from .report import Report
@@ -149,7 +150,7 @@ def _fields(pairs: list[str]) -> dict:
         if "=" not in pair:
             raise ValueError(f"expected name=value, found {pair!r}")
     try:
-        return {name: yaml.safe_load(value) for name, _, value in (pair.partition("=") for pair in pairs)}
+        return {name: load_yaml(value) for name, _, value in (pair.partition("=") for pair in pairs)}
     except yaml.YAMLError as error:
         raise ValueError(f"a value in {pairs} is not a YAML scalar or list: {error}") from error
 

@@ -11,6 +11,7 @@ from transformers.utils.quantization_config import BitsAndBytesConfig, Quantizat
 
 from .calibration import Calibration
 from .methods.bitnet import BitNet, stock_bitnet_config
+from .plain_yaml import load_yaml
 from .step import LinearStep, Step, step_from_dict
 
 
@@ -24,7 +25,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"recipe file {path} does not exist; pass a YAML file with a list under 'steps'")
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = load_yaml(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"recipe {path} is not valid YAML: {error}") from error
     if not isinstance(data, dict) or not data.get("steps"):
