@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 
 # Tests that need nothing newer than the oldest supported Transformers.
 OLDEST_TESTS := tests/test_config.py tests/test_packed.py tests/test_quantizer.py tests/test_step.py tests/methods \
-	tests/test_saving.py tests/test_walk.py tests/test_surgery.py tests/test_distance.py tests/test_patch.py \
+	tests/test_saving.py tests/test_walk.py tests/test_block.py tests/test_surgery.py tests/test_distance.py tests/test_patch.py \
 	tests/test_train.py tests/test_losses.py tests/test_adapters.py tests/test_sparse_lora.py tests/test_sparse.py \
 	tests/test_sparsity.py tests/test_sparse_step.py tests/test_stream.py
 
