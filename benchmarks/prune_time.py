@@ -4,9 +4,9 @@
 
 The plain loop is SparseGPT as its authors wrote it (`variant="official"`): blocks of 128 columns, each column's update
 written to the whole rest of the block, H inverted by way of its Cholesky factor. Ours halves the columns recursively,
-so that most updates are large matrix products, solves for the factor once for all layers with one input, and finds
-thresholds without sorting. "Next" is the second layer with the same input (key after query, up after gate). Writes
-results/prune_time.md.
+so that most updates are large matrix products, inverts nothing, factorizes once for all layers with one input, and
+finds thresholds without sorting. "Next" is the second layer with the same input (key after query, up after gate).
+Writes results/prune_time.md.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def measure(out_features: int, columns: int, sparsity, rounds: int) -> str:
     for _ in range(rounds):
         seconds, (pruned, _) = timed(lambda: official(weight, gram, pattern))
         plain.append(seconds)
-        factoring, hessian = timed(lambda: (h := Hessian(gram), h.upper)[0])
+        factoring, hessian = timed(lambda: Hessian(gram))
         seconds, (ours, *_) = timed(lambda hessian=hessian: eliminate(weight, hessian, pattern))
         first.append(factoring + seconds)
         further.append(seconds)

@@ -4,13 +4,11 @@ The layer-wise error of a weight Q in place of W is quadratic in their differenc
 
     ||(W - Q) X||² / tokens = tr((W - Q) H (W - Q)ᵀ)        H = X Xᵀ / tokens
 
-For a fixed order of the columns, all that OBS-like methods need of the inverse is one triangular matrix (SparseGPT,
-arXiv 2301.00774, Section 3.2): H⁻¹ = Uᵀ U with U upper triangular. U[j, j]² is the entry of column j in the inverse of
-H restricted to columns j and later; U[j, j:] / U[j, j] is how those make up for a change of it. U is computed as the
-inverse of V, upper triangular with H = V Vᵀ, so H itself need not be inverted.
+For a fixed order of the columns, all that OBS-like methods need is V, upper triangular with H = V Vᵀ. Its inverse is
+SparseGPT's U, H⁻¹ = Uᵀ U (arXiv 2301.00774, Section 3.2), and 1 / V[j, j]² is the entry of column j in the inverse of
+H restricted to columns j and later. No inverse is computed: what the later columns do to make up for a change of the
+earlier ones follows from V as well (see `eliminate` in methods/sparsegpt.py).
 """
-
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -32,6 +30,7 @@ class Hessian:
         dead: bool (in,), inputs that were always 0; their diagonal is 1 and their weights are to be 0.
         dampening: the share that was added in the end.
         matrix: fp32 (in, in), the dampened H.
+        factor: fp32 (in, in), V.
 
     Raises:
         ValueError: the matrix is not finite, or not positive definite at the largest dampening.
@@ -61,12 +60,6 @@ class Hessian:
             f"the Gram matrix is not positive definite, even with a dampening of {MAX_DAMPENING}; "
             "use more calibration samples, or calibrate in float32"
         )
-
-    @cached_property
-    def upper(self) -> Tensor:
-        """U, upper triangular with H⁻¹ = Uᵀ U."""
-        identity = torch.eye(len(self.factor), dtype=self.factor.dtype, device=self.factor.device)
-        return torch.linalg.solve_triangular(self.factor, identity, upper=True)
 
     def divide(self, matrix: Tensor) -> Tensor:
         """matrix H⁻¹ for a matrix (rows, in)."""

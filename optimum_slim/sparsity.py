@@ -6,6 +6,7 @@ would drop every one of them.
 """
 
 from dataclasses import dataclass
+from itertools import combinations
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +74,23 @@ def lowest_in_rows(scores: Tensor, count: int) -> Tensor:
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, True)
 
 
+def lowest_along(scores: Tensor, count: int, dim: int) -> Tensor:
+    """Mask of the `count` lowest entries along a dimension, of equal ones the first.
+
+    Along up to 8 entries every pair is compared, which is many times faster than sorting.
+    """
+    if scores.shape[dim] > 8:
+        order = scores.argsort(dim=dim, stable=True).narrow(dim, 0, count)
+        return torch.zeros_like(scores, dtype=torch.bool).scatter_(dim, order, True)
+    parts = scores.unbind(dim)
+    ranks = [torch.zeros_like(part, dtype=torch.uint8) for part in parts]
+    for first, second in combinations(range(len(parts)), 2):
+        swapped = parts[second] < parts[first]
+        ranks[first] += swapped
+        ranks[second] += ~swapped
+    return torch.stack([rank < count for rank in ranks], dim)
+
+
 def lowest_in_groups(scores: Tensor, keep: int, of: int) -> Tensor:
     """Mask of what n:m drops: in every row all but the `keep` highest of each `of` neighbouring columns.
 
@@ -80,8 +98,7 @@ def lowest_in_groups(scores: Tensor, keep: int, of: int) -> Tensor:
     """
     padding = -scores.shape[1] % of
     groups = F.pad(scores, (0, padding), value=-torch.inf).unflatten(1, (-1, of))
-    order = groups.argsort(dim=-1, stable=True)[..., : of - keep]
-    return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order, True).flatten(1)[:, : scores.shape[1]]
+    return lowest_along(groups, of - keep, dim=-1).flatten(1)[:, : scores.shape[1]]
 
 
 def select(scores: Tensor, pattern: Pattern, *, by_row: bool = False) -> Tensor:

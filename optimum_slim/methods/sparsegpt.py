@@ -1,11 +1,14 @@
 """SparseGPT (arXiv 2301.00774): drop weights one column after the other, the columns to come making up for it.
 
 Removing the weight in column j of a row costs w² / [H_rest⁻¹]_jj in the layer's outputs, if those right of it are then
-chosen best, H_rest being the second moments of the inputs j and later. With H⁻¹ = Uᵀ U (optimum_slim/hessian.py):
+chosen best, H_rest being the second moments of the inputs j and later. With H = V Vᵀ, V upper triangular:
 
-    score      S[n, j] = (W[n, j] / U[j, j])²                              the lowest are dropped
-    error      e = (W[:, j] - Q[:, j]) / U[j, j]                           Q: 0 where dropped, rounded with `bits`
-    update     W[:, j + 1:] -= e U[j, j + 1:]
+    score      S[n, j] = (W[n, j] V[j, j])²                                the lowest are dropped
+    error      e = (W[:, j] - Q[:, j]) V[j, j]                             Q: 0 where dropped, rounded with `bits`
+    update     W[:, k] += (W₀[:, j] - Q[:, j]) V[j, k] / V[k, k]           for all k > j, W₀ being the dense weight
+
+The paper has U = V⁻¹ (H⁻¹ = Uᵀ U) in place of V, and the update W[:, k] -= e U[j, k]. The sums of all updates are the
+same, and V needs no inverse.
 
 Unstructured masks are chosen for blocks of 128 columns at a time, of all rows together, n:m masks group by group, each
 from the weights as they are by then. ½ Σ e² is exactly half the output error, tr((W - Q) H (W - Q)ᵀ) / 2.
@@ -36,7 +39,7 @@ from ..affine import AffineGrid, nearest
 from ..hessian import MAX_DAMPENING, Hessian
 from ..least_squares import pursue, refit
 from ..sparse_step import SparseStep
-from ..sparsity import Pattern, lowest, lowest_in_groups, select
+from ..sparsity import Pattern, lowest, lowest_along, select
 from ..step import register
 
 
@@ -170,7 +173,7 @@ def eliminate(
 ) -> tuple[Tensor, Tensor, float]:
     """SparseGPT on one matrix.
 
-    The columns are halved again and again: the left half is done, its errors are passed on to the right half by one
+    The columns are halved again and again: the left half is done, its changes are passed on to the right half by one
     matrix product, then the right half is done. Every weight is read and written log2(in) times rather than in times.
 
     Args:
@@ -184,15 +187,16 @@ def eliminate(
         The pruned weight (out, in), the mask (true: dropped), and ½ Σ e², half of tr((W - Q) H (W - Q)ᵀ).
     """
     columns = weight.masked_fill(hessian.dead, 0).T.contiguous()  # one row for each column of the weight
-    upper, errors = hessian.upper, torch.empty_like(columns)
-    given = mask is not None
+    deltas = columns.clone()  # what was there in the beginning; less what is kept, once a column is done
+    diagonal = hessian.factor.diagonal()
+    passed_on, pivots = hessian.factor / diagonal, diagonal.tolist()
+    given, losses = mask is not None, torch.zeros_like(diagonal)
     dropped = mask.T.contiguous() if given else torch.zeros_like(columns, dtype=torch.bool)
-    diagonal = upper.diagonal().tolist()
 
     def choose(start: int, stop: int) -> None:
-        scores = (columns[start:stop] / upper.diagonal()[start:stop, None]).square_()
+        scores = (columns[start:stop] * diagonal[start:stop, None]).square_()
         if pattern.of:
-            dropped[start:stop] = lowest_in_groups(scores.T, pattern.keep, pattern.of).T
+            dropped[start:stop] = lowest_along(scores, max(0, stop - start - pattern.keep), dim=0)
         else:
             rows = columns.shape[1]
             dropped[start:stop] = lowest(scores, pattern.dropped(rows, stop) - pattern.dropped(rows, start))
@@ -206,9 +210,11 @@ def eliminate(
                 scale, zero = grid.column(j)
                 kept = nearest(kept, scale, zero, grid.bits).sub_(zero).mul_(scale)
             kept = kept.masked_fill(dropped[j], 0)
-            torch.sub(columns[j], kept, out=errors[j]).div_(diagonal[j])
+            error = torch.sub(columns[j], kept).mul_(pivots[j])
+            torch.dot(error, error, out=losses[j])
             columns[j] = kept
-            columns[j + 1 : stop].addr_(upper[j, j + 1 : stop], errors[j], alpha=-1)
+            deltas[j] -= kept
+            columns[j + 1 : stop].addr_(passed_on[j, j + 1 : stop], deltas[j])
 
     def solve(start: int, stop: int, in_block: bool = False) -> None:
         if not in_block and stop - start <= blocksize:
@@ -221,12 +227,12 @@ def eliminate(
             return
         middle = start + math.ceil((stop - start) / unit) // 2 * unit
         solve(start, middle, in_block)
-        columns[middle:stop].addmm_(upper[start:middle, middle:stop].T, errors[start:middle], alpha=-1)
+        columns[middle:stop].addmm_(passed_on[start:middle, middle:stop].T, deltas[start:middle])
         solve(middle, stop, in_block)
 
     leaf_size = min(blocksize, max(1, LEAF // max(1, pattern.of)) * max(1, pattern.of))
     solve(0, len(columns))
-    return columns.T.contiguous(), dropped.T.contiguous(), 0.5 * float(errors.square().sum(dtype=torch.float64))
+    return columns.T.contiguous(), dropped.T.contiguous(), 0.5 * float(losses.sum(dtype=torch.float64))
 
 
 def official(
