@@ -7,8 +7,9 @@ chosen best, H_rest being the second moments of the inputs j and later. With H =
     error      e = (W[:, j] - Q[:, j]) V[j, j]                             Q: 0 where dropped, rounded with `bits`
     update     W[:, k] += (W₀[:, j] - Q[:, j]) V[j, k] / V[k, k]           for all k > j, W₀ being the dense weight
 
-The paper has U = V⁻¹ (H⁻¹ = Uᵀ U) in place of V, and the update W[:, k] -= e U[j, k]. The sums of all updates are the
-same, and V needs no inverse.
+The paper has U = V⁻¹ (H⁻¹ = Uᵀ U) in place of V, and the update W[:, k] -= e U[j, k]. When its turn comes, a column
+is the same either way, and V needs no inverse. Before that the paper's counts on the columns between to make up for
+what is owed too; where a mask is chosen for several columns at once, a small triangular system gives just that.
 
 Unstructured masks are chosen for blocks of 128 columns at a time, of all rows together, n:m masks group by group, each
 from the weights as they are by then. ½ Σ e² is exactly half the output error, tr((W - Q) H (W - Q)ᵀ) / 2.
@@ -194,7 +195,10 @@ def eliminate(
     dropped = mask.T.contiguous() if given else torch.zeros_like(columns, dtype=torch.bool)
 
     def choose(start: int, stop: int) -> None:
-        scores = (columns[start:stop] * diagonal[start:stop, None]).square_()
+        block, pivot, dense = slice(start, stop), diagonal[start:stop, None], deltas[start:stop]
+        owed = (columns[block] - dense).mul_(pivot)
+        ahead = torch.linalg.solve_triangular(hessian.factor[block, block].T, owed, upper=False).add_(dense)
+        scores = ahead.mul_(pivot).square_()
         if pattern.of:
             dropped[start:stop] = lowest_along(scores, max(0, stop - start - pattern.keep), dim=0)
         else:

@@ -9,7 +9,7 @@ from optimum_slim.affine import AffineGrid
 from optimum_slim.block import Group
 from optimum_slim.hessian import Hessian
 from optimum_slim.methods.sparsegpt import SparseGPT, eliminate, official
-from optimum_slim.sparsity import Pattern, select
+from optimum_slim.sparsity import Pattern, lowest, lowest_in_groups, select
 
 
 HALF = Pattern.parse(0.5)
@@ -347,3 +347,35 @@ def test_what_the_variants_decide():
     assert SparseGPT(sparsity="2:4").allocation == "uniform" and SparseGPT(variant="paper", refit=3).refit == 3
     with pytest.raises(ValueError, match="NaN or infinite"):
         SparseGPT().share(Group(["layer"], torch.full((4, 4), torch.nan), 500))
+
+
+def plain_loop(weight, hessian, pattern, blocksize):
+    """The paper's algorithm with U, one column after the other, in float64."""
+    weight, upper = weight.double().clone(), torch.linalg.inv(hessian.factor.double())
+    dropped = torch.zeros_like(weight, dtype=torch.bool)
+    for j in range(weight.shape[1]):
+        step = pattern.of or blocksize
+        if j % step == 0:
+            block = slice(j, min(j + step, weight.shape[1]))
+            scores = (weight[:, block] / upper.diagonal()[block]).square()
+            count = pattern.dropped(len(weight), block.stop) - pattern.dropped(len(weight), block.start)
+            whole = lowest_in_groups(scores, pattern.keep, pattern.of) if pattern.of else lowest(scores, count)
+            dropped[:, block] = whole
+        error = weight[:, j] * dropped[:, j] / upper[j, j]
+        weight[:, j:] -= error[:, None] * upper[j, j:]
+        weight[dropped[:, j], j] = 0
+    return weight, dropped
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.7, "2:4", "3:8"])
+def test_masks_and_weights_over_many_blocks_are_those_of_the_plain_loop(sparsity):
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(800, 24, generator=generator) @ torch.randn(24, 192, generator=generator)
+    inputs += torch.randn(800, 192, generator=generator)
+    weight, pattern = torch.randn(24, 192, generator=generator), Pattern.parse(sparsity)
+    hessian = Hessian(inputs.T @ inputs / len(inputs))
+    hessian.matrix, hessian.factor = hessian.matrix.double(), hessian.factor.double()
+    found, mask, _ = eliminate(weight.double(), hessian, pattern, 32)
+    expected, dropped = plain_loop(weight, hessian, pattern, 32)
+    assert torch.equal(mask, dropped)
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
