@@ -187,56 +187,68 @@ def eliminate(
     Returns:
         The pruned weight (out, in), the mask (true: dropped), and ½ Σ e², half of tr((W - Q) H (W - Q)ᵀ).
     """
-    columns = weight.masked_fill(hessian.dead, 0).T.contiguous()  # one row for each column of the weight
-    deltas = columns.clone()  # what was there in the beginning; less what is kept, once a column is done
-    diagonal = hessian.factor.diagonal()
-    passed_on, pivots = hessian.factor / diagonal, diagonal.tolist()
-    given, losses = mask is not None, torch.zeros_like(diagonal)
-    dropped = mask.T.contiguous() if given else torch.zeros_like(columns, dtype=torch.bool)
+    run = _Elimination(weight, hessian, pattern, blocksize, grid, mask)
+    run.solve(0, len(run.columns))
+    loss = 0.5 * float(run.losses.sum(dtype=torch.float64))
+    return run.columns.T.contiguous(), run.dropped.T.contiguous(), loss
 
-    def choose(start: int, stop: int) -> None:
-        block, pivot, dense = slice(start, stop), diagonal[start:stop, None], deltas[start:stop]
-        owed = (columns[block] - dense).mul_(pivot)
-        ahead = torch.linalg.solve_triangular(hessian.factor[block, block].T, owed, upper=False).add_(dense)
-        scores = ahead.mul_(pivot).square_()
+
+class _Elimination:
+    """The state of `eliminate`, and its recursion. (Nested functions that call themselves would keep it alive.)"""
+
+    def __init__(self, weight, hessian, pattern, blocksize, grid, mask):
+        self.pattern, self.blocksize, self.grid, self.given = pattern, blocksize, grid, mask is not None
+        self.columns = weight.masked_fill(hessian.dead, 0).T.contiguous()  # one row for each column of the weight
+        self.deltas = self.columns.clone()  # the dense weight; less what is kept, once a column is done
+        self.factor, self.diagonal = hessian.factor, hessian.factor.diagonal()
+        self.passed_on, self.pivots = hessian.factor / self.diagonal, self.diagonal.tolist()
+        self.losses = torch.zeros_like(self.diagonal)
+        self.dropped = mask.T.contiguous() if self.given else torch.zeros_like(self.columns, dtype=torch.bool)
+        self.leaf_size = min(blocksize, max(1, LEAF // max(1, pattern.of)) * max(1, pattern.of))
+
+    def choose(self, start: int, stop: int) -> None:
+        """Choose the mask of these columns."""
+        block, pivot, dense = slice(start, stop), self.diagonal[start:stop, None], self.deltas[start:stop]
+        owed = (self.columns[block] - dense).mul_(pivot)
+        ahead = torch.linalg.solve_triangular(self.factor[block, block].T, owed, upper=False).add_(dense)
+        scores, pattern = ahead.mul_(pivot).square_(), self.pattern
         if pattern.of:
-            dropped[start:stop] = lowest_along(scores, max(0, stop - start - pattern.keep), dim=0)
+            self.dropped[block] = lowest_along(scores, max(0, stop - start - pattern.keep), dim=0)
         else:
-            rows = columns.shape[1]
-            dropped[start:stop] = lowest(scores, pattern.dropped(rows, stop) - pattern.dropped(rows, start))
+            rows = scores.shape[1]
+            self.dropped[block] = lowest(scores, pattern.dropped(rows, stop) - pattern.dropped(rows, start))
 
-    def leaf(start: int, stop: int) -> None:
+    def leaf(self, start: int, stop: int) -> None:
+        """Do these columns one by one."""
+        columns, grid = self.columns, self.grid
         for j in range(start, stop):
-            if not given and pattern.of and j % pattern.of == 0:
-                choose(j, min(j + pattern.of, len(columns)))
+            if not self.given and self.pattern.of and j % self.pattern.of == 0:
+                self.choose(j, min(j + self.pattern.of, len(columns)))
             kept = columns[j]
             if grid is not None:
                 scale, zero = grid.column(j)
                 kept = nearest(kept, scale, zero, grid.bits).sub_(zero).mul_(scale)
-            kept = kept.masked_fill(dropped[j], 0)
-            error = torch.sub(columns[j], kept).mul_(pivots[j])
-            torch.dot(error, error, out=losses[j])
+            kept = kept.masked_fill(self.dropped[j], 0)
+            error = torch.sub(columns[j], kept).mul_(self.pivots[j])
+            torch.dot(error, error, out=self.losses[j])
             columns[j] = kept
-            deltas[j] -= kept
-            columns[j + 1 : stop].addr_(passed_on[j, j + 1 : stop], deltas[j])
+            self.deltas[j] -= kept
+            columns[j + 1 : stop].addr_(self.passed_on[j, j + 1 : stop], self.deltas[j])
 
-    def solve(start: int, stop: int, in_block: bool = False) -> None:
-        if not in_block and stop - start <= blocksize:
+    def solve(self, start: int, stop: int, in_block: bool = False) -> None:
+        """Do these columns, halving them until they are a leaf."""
+        if not in_block and stop - start <= self.blocksize:
             in_block = True
-            if not given and not pattern.of:
-                choose(start, stop)
-        unit = leaf_size if in_block else blocksize
+            if not self.given and not self.pattern.of:
+                self.choose(start, stop)
+        unit = self.leaf_size if in_block else self.blocksize
         if stop - start <= unit:
-            leaf(start, stop)
+            self.leaf(start, stop)
             return
         middle = start + math.ceil((stop - start) / unit) // 2 * unit
-        solve(start, middle, in_block)
-        columns[middle:stop].addmm_(passed_on[start:middle, middle:stop].T, deltas[start:middle])
-        solve(middle, stop, in_block)
-
-    leaf_size = min(blocksize, max(1, LEAF // max(1, pattern.of)) * max(1, pattern.of))
-    solve(0, len(columns))
-    return columns.T.contiguous(), dropped.T.contiguous(), 0.5 * float(losses.sum(dtype=torch.float64))
+        self.solve(start, middle, in_block)
+        self.columns[middle:stop].addmm_(self.passed_on[start:middle, middle:stop].T, self.deltas[start:middle])
+        self.solve(middle, stop, in_block)
 
 
 def official(
