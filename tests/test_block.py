@@ -127,7 +127,7 @@ def test_without_edits_both_streams_are_the_same(model_type, limit, tokens, monk
 def test_cross_moments_are_those_of_the_two_models(sequential, limit, tokens, monkeypatch):
     """Of r xᵀ, where r is the input in the unslimmed model and x the one behind the edited layers."""
     monkeypatch.setattr("optimum_slim.block.AHEAD_LIMIT", limit)
-    dense = [block.inputs[0] for block in walk(tiny_model("llama"), tokens)]
+    dense = [torch.cat(list(block.inputs)) for block in walk(tiny_model("llama"), tokens, batch_size=2)]
     reference = inputs_of(tiny_model("llama"), tokens, "mlp.down_proj")
     model, measured = tiny_model("llama"), []
     for block in walk(model, tokens, batch_size=2, reference=True):
