@@ -58,6 +58,7 @@ class SparseStep(LinearStep):
     shares: tuple[float, ...] | None = None
 
     takes_adapters = True
+    fewest_tokens = 1  # with fewer, a layer (a rarely used expert) is pruned by magnitude
 
     def __post_init__(self):
         pattern = Pattern.parse(self.sparsity)
@@ -193,9 +194,11 @@ class SparseStep(LinearStep):
         if self.packed:
             super().skeleton(model)
 
-    def replace(self, model, name, *arguments) -> dict[str, Any]:
+    def replace(self, model, name, group=None, shared=None, target=None) -> dict[str, Any]:
         dtype = linear_weight(model.get_submodule(name)).dtype
-        row = super().replace(model, name, *arguments)
+        row = super().replace(model, name, group, shared, target)
+        if group is not None and group.tokens < self.fewest_tokens:
+            row["note"] = f"pruned by magnitude: only {group.tokens} calibration tokens reached this layer"
         row["sparsity"] = Pattern.parse(self.for_layer(name).sparsity).share
         if not self.packed:
             packed: PackedLinear = model.get_submodule(name)

@@ -47,7 +47,6 @@ from ..step import register
 DECIDED = ("pursuit", "refit", "asymmetric", "sequential")
 VARIANTS = {"improved": (5, 10, 0.25, True), "paper": (0, 0, 0.0, False), "official": (0, 0, 0.0, False)}
 LEAF = 16  # columns eliminated one by one before their updates are put together
-FEW_TOKENS = 128  # with fewer, a layer (a rarely used expert) is pruned by magnitude
 
 
 @register(
@@ -87,6 +86,7 @@ class SparseGPT(SparseStep):
 
     needs_data = True
     accepts_unseen = True
+    fewest_tokens = 128
 
     def __post_init__(self):
         super().__post_init__()
@@ -116,15 +116,13 @@ class SparseGPT(SparseStep):
         return "owl" if self.variant == "improved" and not pattern.of and self.shares is None else "uniform"
 
     def share(self, group) -> Hessian | Tensor | None:
-        if group.tokens < FEW_TOKENS:
+        if group.tokens < self.fewest_tokens:
             return None
         return group.gram if self.variant == "official" else Hessian(group.gram, self.dampening)
 
     def replace(self, model, name, group=None, shared=None, target=None) -> dict[str, Any]:
         row = super().replace(model, name, group, shared, target)
-        if shared is None:
-            row["note"] = f"pruned by magnitude: only {group.tokens} calibration tokens reached this layer"
-        elif isinstance(shared, Hessian) and shared.dampening > self.dampening:
+        if isinstance(shared, Hessian) and shared.dampening > self.dampening:
             row["note"] = f"dampening raised to {shared.dampening:g}"
         return row
 

@@ -50,12 +50,6 @@ class Wanda(SparseStep):
     def share(self, group):
         return group
 
-    def replace(self, model, name, group=None, shared=None, target=None):
-        row = super().replace(model, name, group, shared, target)
-        if not group.tokens:
-            row["note"] = f"pruned by magnitude: only {group.tokens} calibration tokens reached this layer"
-        return row
-
     def layout(self, out_features, in_features):
         pattern = Pattern.parse(self.sparsity)
         if pattern.of:
