@@ -170,7 +170,10 @@ def test_strided_and_misaligned_tensors(path):
         strided = torch.stack([values, values], dim=1)[:, 0]
         for index in (shifted, weight.T.contiguous().T):
             y = kernels.sparse_linear(x, index, strided, rows, None, None, None, *numbers)
-            assert torch.equal(y, expected)
+            if path == "reference":  # a dense product, whose order of summation follows the memory's alignment
+                torch.testing.assert_close(y, expected)
+            else:
+                assert torch.equal(y, expected)
 
 
 @pytest.mark.parametrize("form", FORMS)
