@@ -141,7 +141,11 @@ def test_other_weights_are_sampled_anew(model, cache):
     assert len(list(cache.iterdir())) == 2
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[:-9], lambda b: b"", lambda b: b[:-8] + b"\xff" * 8], ids=str)
+@pytest.mark.parametrize(
+    "damage",
+    [lambda b: b[:-9], lambda b: b"", lambda b: b[:-8] + b"\xff" * 8],
+    ids=["cut", "empty", "overwritten"],
+)
 def test_a_damaged_cache_file_is_redone(model, cache, damage, caplog):
     first = Calibration(samples=2, length=8).tokens(model)
     (file,) = cache.iterdir()
