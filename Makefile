@@ -17,7 +17,7 @@ demo: $(VENV)/.ready  ## slim SmolLM2-135M-Instruct, reload it, compare both mod
 	$(RUN) examples/demo.py
 
 test: $(VENV)/.ready  ## the whole suite
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n logical --maxprocesses 8
 
 test-oldest: $(OLDEST)/.ready  ## the core tests under the oldest supported Transformers
 	$(OLDEST)/bin/python -m pytest $(OLDEST_TESTS)

@@ -26,25 +26,30 @@ def refit(weight: Tensor, target: Tensor, mask: Tensor, hessian: Tensor, iterati
         hessian: positive definite (in, in).
         iterations: most steps; ALPS takes 10.
     """
+    return _refit(weight, target, mask, hessian, iterations)[0]
+
+
+def _refit(weight: Tensor, target: Tensor, mask: Tensor, hessian: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+    """`refit`, and what is left of the gradient, (target - weight) H, for dropped weights too."""
     kept, diagonal = ~mask, hessian.diagonal()
     solution = weight * kept
-    residual = ((target - solution) @ hessian).mul_(kept)
-    scaled = residual / diagonal
+    gradient = (target - solution) @ hessian
+    scaled = (gradient / diagonal).mul_(kept)
     direction = scaled.clone()
-    product = (residual * scaled).sum(1, keepdim=True)
+    product = (gradient * scaled).sum(1, keepdim=True)
     floor = 1e-12 * product
     for _ in range(iterations):
-        image = (direction @ hessian).mul_(kept)
+        image = direction @ hessian
         curvature = (direction * image).sum(1, keepdim=True)
         step = torch.where(curvature > 0, product / curvature, 0)
         solution.addcmul_(step, direction)
-        residual.addcmul_(step, image, value=-1)
-        torch.div(residual, diagonal, out=scaled)
-        previous, product = product, (residual * scaled).sum(1, keepdim=True)
+        gradient.addcmul_(step, image, value=-1)
+        torch.div(gradient, diagonal, out=scaled).mul_(kept)
+        previous, product = product, (gradient * scaled).sum(1, keepdim=True)
         if bool((product <= floor).all()):
             break
         direction.mul_(torch.where(previous > 0, product / previous, 0)).add_(scaled)
-    return solution
+    return solution, gradient
 
 
 def pursue(
@@ -57,20 +62,18 @@ def pursue(
     Args:
         weight, target, mask, hessian: as for `refit`.
         choose: turns scores (out, in) into a mask of what is dropped.
-        rounds: most rounds; each costs about 5 products of `weight` with `hessian`.
+        rounds: most rounds; each costs about 3 products of `weight` with `hessian`.
 
     Returns:
         The weight and the mask.
     """
     diagonal = hessian.diagonal()
-    weight = refit(weight, target, mask, hessian, PURSUIT_STEPS)
-    gradient = (target - weight) @ hessian
+    weight, gradient = _refit(weight, target, mask, hessian, PURSUIT_STEPS)
     error = _error(target - weight, gradient)
     for _ in range(rounds):
         moved = weight + gradient / diagonal
         tried_mask = choose(moved.square().mul_(diagonal))
-        tried = refit(weight, target, tried_mask, hessian, PURSUIT_STEPS)
-        gradient = (target - tried) @ hessian
+        tried, gradient = _refit(weight, target, tried_mask, hessian, PURSUIT_STEPS)
         tried_error = _error(target - tried, gradient)
         if not tried_error < error:
             break

@@ -23,6 +23,7 @@ from .walk import decoder_layers, walk
 
 
 ALLOCATIONS = ("uniform", "owl")
+OWL_SAMPLES = 16  # calibration samples by which outliers are counted
 NOT_SMALLER = (
     "packed=False leaves the dropped weights in place as zeros: neither the size nor the speed of the model changed"
 )
@@ -214,7 +215,7 @@ class SparseStep(LinearStep):
             return self
         ratios, sizes = [], []
         names = set(self.targets(model))
-        for block in walk(model, tokens, visiting=visiting):
+        for block in walk(model, tokens[:OWL_SAMPLES], visiting=visiting):
             inside = {name: model.get_submodule(name) for name in names if name.startswith(f"{block.name}.")}
             scores = list(_wanda_scores(block, inside)) if inside else []
             ratios.append(outlier_ratio(scores, self.owl_threshold) if scores else 0.0)

@@ -25,7 +25,7 @@ was.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, MutableSequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .block import Block, evaluating
+from .block import Block, calling, evaluating
 from .memory import shared_copy
 
 
@@ -169,16 +169,10 @@ def _handing_through(layers: Iterable[nn.Module], receive: Any) -> Iterator[None
         receive(states, args, kwargs)
         return (states,) if returns_tuple[0] else states
 
-    own = [layer.__dict__.get("forward") for layer in layers]
-    try:
+    with ExitStack() as patches:
         for layer in layers:
-            layer.forward = partial(forward, layer.forward)
+            patches.enter_context(calling(layer, partial(forward, layer.forward)))
         yield
-    finally:
-        for layer, original in zip(layers, own, strict=True):
-            layer.__dict__.pop("forward", None)
-            if original is not None:
-                layer.forward = original
 
 
 def _shared(value: Any, kept: list[Tensor], known: dict[int, Tensor]) -> Any:

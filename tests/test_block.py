@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from walk_models import assert_untouched, linears, tiny_model
 
+from optimum_slim import block as block_file
 from optimum_slim.walk import decoder_layers, walk
 
 
@@ -210,3 +211,48 @@ def test_modules_no_token_reaches_end_in_groups_of_zeros(sequential, tokens):
             for name in group.names:
                 torch.testing.assert_close(means[name], group.gram.diagonal())
         edit(block.layer.self_attn)
+
+
+def halved_one_by_one(model, tokens, reference=False):
+    """All groups, each measured behind the halved weights of those before it, and the last hidden states."""
+    groups = []
+    for block in walk(model, tokens, batch_size=2, reference=reference):
+        modules = linears(block.layer)
+        for group in block.gram_groups(modules):
+            groups.append(group)
+            for name in group.names:
+                half = nn.Linear(modules[name].in_features, modules[name].out_features, modules[name].bias is not None)
+                half.load_state_dict({key: value / 2 for key, value in modules[name].state_dict().items()})
+                block.layer.set_submodule(name, half)
+        last = list(block.outputs())
+    return groups, last
+
+
+@pytest.mark.parametrize("reference", [False, True])
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "phi3", "opt"])
+def test_children_that_are_done_are_not_computed_again(model_type, reference, tokens, monkeypatch):
+    fast, last = halved_one_by_one(tiny_model(model_type), tokens, reference)
+    monkeypatch.setattr(block_file, "REPLAY_LIMIT", 0)
+    slow, expected = halved_one_by_one(tiny_model(model_type), tokens, reference)
+    for group, other in zip(fast, slow, strict=True):
+        assert group.names == other.names and torch.equal(group.gram, other.gram)
+        assert not reference or torch.equal(group.cross, other.cross)
+    assert all(torch.equal(a, b) for a, b in zip(last, expected, strict=True))
+
+
+def test_a_finished_child_that_is_edited_is_computed_again(tokens):
+    model = tiny_model("llama")
+    block = next(walk(model, tokens))
+    for _ in block.gram_groups(linears(block.layer)):
+        pass
+    assert set(block.finished) == {"self_attn"}
+    before = next(block.outputs())
+    assert torch.equal(before, next(block.outputs()))
+    with torch.no_grad():
+        block.layer.self_attn.o_proj.weight.mul_(2)
+    assert not torch.equal(before, next(block.outputs()))
+    block.layer.self_attn.o_proj = nn.Linear(32, 32, bias=False)
+    after = next(block.outputs())
+    block.finished.clear()
+    assert torch.equal(after, next(block.outputs()))
+    assert_untouched(model)
