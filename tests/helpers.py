@@ -1,7 +1,10 @@
 """Tiny models built from configs, shared by the tests."""
 
 import torch
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+from optimum_slim import Magnitude
 
 
 def tiny_llama(seed: int = 0, **changes) -> LlamaForCausalLM:
@@ -37,3 +40,11 @@ def tiny_mixtral() -> MixtralForCausalLM:
 
 def token_ids(batch: int = 2, length: int = 9, vocabulary: int = 128, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, vocabulary, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def sparse_layer(sparsity="2:4", bits=None, group_size=None, shape=(24, 38), dtype=torch.float32, bias=True):
+    """A pruned layer whose number of columns no group divides."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(shape[1], shape[0], bias=bias, dtype=dtype))
+    Magnitude(sparsity=sparsity, bits=bits, group_size=group_size).replace(model, "0")
+    return model[0]
