@@ -9,7 +9,12 @@ RUN := $(VENV)/bin/python
 OLDEST_TESTS := tests/test_config.py tests/test_packed.py tests/test_quantizer.py tests/test_step.py tests/methods \
 	tests/test_saving.py tests/test_walk.py tests/test_block.py tests/test_surgery.py tests/test_distance.py tests/test_patch.py \
 	tests/test_train.py tests/test_losses.py tests/test_adapters.py tests/test_sparse_lora.py tests/test_sparse.py \
-	tests/test_sparsity.py tests/test_sparse_step.py tests/test_stream.py
+	tests/test_sparsity.py tests/test_sparse_step.py tests/test_sparse_training.py tests/test_stream.py \
+	tests/test_binary.py tests/test_binary_step.py tests/test_sign.py tests/test_sign_training.py tests/test_blockwise.py \
+	tests/test_latent.py tests/test_stock_bitnet.py
+
+# Benchmarks that need a GPU, another environment or arguments.
+ASKING := $(wildcard benchmarks/gpu_*.py) benchmarks/peer_llmcompressor.py benchmarks/gguf_llama_cpp.py
 
 .PHONY: demo test test-oldest style check bench clean
 
@@ -31,7 +36,7 @@ check: $(VENV)/.ready  ## what `style` would change, without changing it
 	$(RUN) -m ruff format --check .
 
 bench: $(VENV)/.ready  ## every script in benchmarks/; results go to benchmarks/results
-	set -e; for script in $(filter-out benchmarks/gpu_check.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; $(RUN) $$script; done
+	set -e; for script in $(filter-out $(ASKING),$(wildcard benchmarks/*.py)); do echo "== $$script"; $(RUN) $$script; done
 
 clean:
 	rm -rf $(VENV) $(OLDEST) .cache build dist *.egg-info .pytest_cache .ruff_cache

@@ -1,11 +1,11 @@
 """Check the operators on this machine's GPU against their references, and time them against bf16 `F.linear`.
 
-    python benchmarks/gpu_check.py [--part ternary|sparse]
+    python benchmarks/gpu_check.py [--part ternary|sparse|binary]
 
-Prints markdown tables line by line and writes them to benchmarks/results/gpu.md (ternary) and gpu_sparse.md. Without a
-GPU it says so and exits with status 1, as it does when an error is too large. Times are medians of CUDA-graph replays
-(the sides in turn), so that launch overhead in Python, which a graph removes in use as well, is left out. The weights
-of a shape rotate through more memory than the L2 cache holds.
+Prints markdown tables line by line and writes them to benchmarks/results/gpu.md (ternary), gpu_sparse.md and
+gpu_binary.md. Without a GPU it says so and exits with status 1, as it does when an error is too large. Times are
+medians of CUDA-graph replays (the sides in turn), so that launch overhead in Python, which a graph removes in use as
+well, is left out. The weights of a shape rotate through more memory than the L2 cache holds.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import gpu_binary
 import gpu_sparse
 import torch
 import torch.nn.functional as F
@@ -135,6 +136,7 @@ def lines() -> Iterator[str | bool]:
 PARTS = {
     "ternary": ("# Ternary operators on a GPU", lines, "gpu.md"),
     "sparse": ("# Sparse operators on a GPU", gpu_sparse.lines, "gpu_sparse.md"),
+    "binary": ("# Sign and binary operators on a GPU", gpu_binary.lines, "gpu_binary.md"),
 }
 
 

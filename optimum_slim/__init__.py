@@ -48,29 +48,54 @@ _check_transformers()
 _find_kernels()
 
 from .adapters import merge_and_repack, prepare_for_training  # noqa: E402
+from .binary import BinaryLinear  # noqa: E402
 from .calibration import Calibration  # noqa: E402
 from .config import SlimConfig  # noqa: E402
 from .evaluate import evaluate, perplexity  # noqa: E402
-from .methods import PT2LLM, BitNet, Depth, Heal, Magnitude, SparseGPT, Wanda  # noqa: E402
+from .gguf_export import GgufFile, export_gguf  # noqa: E402
+from .gguf_loading import load_gguf  # noqa: E402
+from .methods import (  # noqa: E402
+    ARBLLM,
+    PT2LLM,
+    TQ,
+    BiLLM,
+    BitNet,
+    BitNetTraining,
+    Depth,
+    Heal,
+    Magnitude,
+    OneBit,
+    SparseGPT,
+    Wanda,
+)
 from .packed import PackedLinear, TernaryLinear  # noqa: E402
 from .quantizer import SlimQuantizer  # noqa: E402
 from .recipe import slim  # noqa: E402
 from .report import Report  # noqa: E402
 from .saving import push_to_hub, save  # noqa: E402
+from .sign import SignLinear  # noqa: E402
 from .sparse import SparseLinear  # noqa: E402
 from .step import LinearStep, Step, StepReport, register  # noqa: E402
 
 
 __all__ = [
+    "ARBLLM",
     "PT2LLM",
+    "TQ",
+    "BiLLM",
+    "BinaryLinear",
     "BitNet",
+    "BitNetTraining",
     "Calibration",
     "Depth",
+    "GgufFile",
     "Heal",
     "LinearStep",
     "Magnitude",
+    "OneBit",
     "PackedLinear",
     "Report",
+    "SignLinear",
     "SlimConfig",
     "SlimQuantizer",
     "SparseGPT",
@@ -80,6 +105,8 @@ __all__ = [
     "TernaryLinear",
     "Wanda",
     "evaluate",
+    "export_gguf",
+    "load_gguf",
     "merge_and_repack",
     "perplexity",
     "prepare_for_training",

@@ -39,13 +39,32 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 
 This is an ordinary Transformers checkpoint; it needs no extra package."""
 
+GGUF_USE = """```sh
+llama-cli --model {file}
+```
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}", gguf_file="{file}")
+tokenizer = AutoTokenizer.from_pretrained("{name}", gguf_file="{file}")
+```
+
+llama.cpp multiplies the weights as they are stored; Transformers makes them dense. `optimum_slim.load_gguf` keeps
+ternary weights (TQ1_0 and TQ2_0) packed."""
+
 LIMITS = """Compression loses quality, and small models lose most. Read the figures above before you use the model;
 where they hold no perplexity, none was measured. The limits, biases and licence of the model that this one was made
 from hold here as well."""
 
 
 def model_card(
-    model, report: Report | None = None, *, repo_id: str | None = None, pictures: Sequence[str] = ()
+    model,
+    report: Report | None = None,
+    *,
+    repo_id: str | None = None,
+    pictures: Sequence[str] = (),
+    gguf_file: str | None = None,
 ) -> ModelCard:
     """The card of `model`.
 
@@ -54,6 +73,7 @@ def model_card(
         report: figures for the card; by default the report of the run that made the model, if there was one.
         repo_id: name to load the model by in the example; by default a placeholder folder name.
         pictures: names of image files beside the card, shown under its figures.
+        gguf_file: name of the GGUF file beside the card, if that is what the model was saved as.
 
     Returns:
         A `ModelCard`; `card.save(path)` writes it.
@@ -63,20 +83,20 @@ def model_card(
     data = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["optimum-slim", *dict.fromkeys(step["step"] for step in steps)],
+        "tags": ["optimum-slim", *(["gguf"] if gguf_file else []), *dict.fromkeys(step["step"] for step in steps)],
     }
     base = base_model(model)
     if base:
         data |= {"base_model": base, "base_model_relation": "quantized"}
     name = repo_id or "path/to/this/folder"
-    use = PACKED_USE if quant_method(model) == "slim" else PLAIN_USE
+    use = GGUF_USE if gguf_file else PACKED_USE if quant_method(model) == "slim" else PLAIN_USE
     title = repo_id.rpartition("/")[2] if repo_id else f"{base.rpartition('/')[2] if base else 'Model'}, slimmed"
     made_from = f"Made from [{base}]({ENDPOINT}/{base})" if base else "Made"
     parts = [
         f"# {title}",
         f"{made_from} with optimum-slim {__version__}.",
         "## Use",
-        use.format(name=name),
+        use.format(name=name, file=gguf_file),
         "## Recipe",
         _recipe_text(steps),
     ]

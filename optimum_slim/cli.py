@@ -1,4 +1,4 @@
-"""The words of `slim run`, `inspect`, `evaluate` and `list`, under `optimum-cli` and under `python -m optimum_slim`.
+"""The words of `slim run`, `inspect`, `evaluate`, `export`, `list`, under `optimum-cli` and `python -m optimum_slim`.
 
     optimum-cli slim run HuggingFaceTB/SmolLM2-135M-Instruct slim --step pt2llm group_size=128
 
@@ -17,8 +17,8 @@ HELP = "Slim a language model: dropped layers, healing and packed weights throug
 
 
 def add_commands(parser: argparse.ArgumentParser) -> None:
-    """Give `parser` the subcommands run, inspect, evaluate and list."""
-    commands = parser.add_subparsers(dest="slim_command", metavar="{run,inspect,evaluate,list}", required=True)
+    """Give `parser` the subcommands run, inspect, evaluate, export and list."""
+    commands = parser.add_subparsers(dest="slim_command", metavar="{run,inspect,evaluate,export,list}", required=True)
 
     run = commands.add_parser("run", help="slim a model and save the result")
     _add_model(run)
@@ -78,8 +78,21 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     evaluate.add_argument("--tasks", nargs="+", metavar="TASK", help="lm-eval tasks; needs optimum-slim[eval]")
     evaluate.add_argument("--json", metavar="FILE", help="also write the figures to FILE")
 
+    export = commands.add_parser("export", help="write a model, dense or slimmed, for other engines")
+    _add_model(export)
+    export.add_argument("out", metavar="OUT", help="folder to create for the exported model")
+    export.add_argument(
+        "--format", choices=["gguf", "bitnet"], default="gguf", help="GGUF file for llama.cpp, or stock bitnet (gguf)"
+    )
+    export.add_argument(
+        "--file-type", metavar="TYPE", help="what matrices become in a GGUF file: TQ2_0, TQ1_0, F16, Q8_0, ..."
+    )
+    export.add_argument(
+        "--overwrite", action="store_true", help="replace OUT if it exists, once the result is complete"
+    )
+
     listed = commands.add_parser("list", help="list the steps with their fields, defaults and papers")
-    for command in (run, inspect, evaluate, listed):
+    for command in (run, inspect, evaluate, export, listed):
         command.add_argument("--traceback", action="store_true", help="show the traceback of an error")
 
 

@@ -21,7 +21,7 @@ from .loading import load_model, load_tokenizer
 from .plain_yaml import load_yaml
 from .plan import plan
 from .recipe import slim
-from .report import Report
+from .report import Report, megabytes
 from .saving import check_target, save, write_report
 from .step import STEPS, step_from_dict
 from .stream import dense_config, slim_files, streams
@@ -115,6 +115,19 @@ def evaluate_command(args: argparse.Namespace) -> None:
     under = f"{result.dtype} on {result.device}, {result.threads} threads, batch 1"
     notes = [under, f"peak memory: {result.peak_memory_of}"]
     Report(model=args.model, evaluation={"after": result}, notes=notes).show()
+
+
+def export_command(args: argparse.Namespace) -> None:
+    """Write MODEL to OUT in the format of another engine."""
+    check_target(args.out, overwrite=args.overwrite)
+    tokenizer = load_tokenizer(args.model, **_loaded_as(args))
+    if tokenizer is None:
+        print(f"{args.model} holds no tokenizer; the result has none either", file=sys.stderr)
+    model = load_model(args.model, dtype=args.dtype, **_loaded_as(args)).eval()
+    words = {"save_format": args.format, "file_type": args.file_type, "overwrite": args.overwrite}
+    out = save(model, args.out, tokenizer=tokenizer, **words)
+    for file in sorted(file for file in out.iterdir() if file.suffix in (".gguf", ".safetensors")):
+        print(f"saved {file} ({megabytes(file.stat().st_size)})")
 
 
 def list_command(args: argparse.Namespace) -> None:
@@ -213,4 +226,10 @@ def _evaluate_apart(args: argparse.Namespace, model, gguf_file: str | None) -> d
         return json.loads(file.read_text(encoding="utf-8"))
 
 
-COMMANDS = {"run": run_command, "inspect": inspect_command, "evaluate": evaluate_command, "list": list_command}
+COMMANDS = {
+    "run": run_command,
+    "inspect": inspect_command,
+    "evaluate": evaluate_command,
+    "export": export_command,
+    "list": list_command,
+}

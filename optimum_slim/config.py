@@ -88,13 +88,13 @@ def check_order(steps: tuple[Step, ...], then: BitsAndBytesConfig | None) -> Non
                 f"{step.name} changes ordinary weights and layers, and {packed.name} has packed them before it; put "
                 f"{step.name} before {packed.name}"
             )
-        if sparse is not None and step.trains:
+        if sparse is not None and step.trains and not isinstance(step, LinearStep):
             step.check_sparse(packed=sparse.packed, bits=sparse.bits)
         if isinstance(step, LinearStep) and step.takes_adapters:
             sparse = step
         if isinstance(step, LinearStep) and step.packed and (packed is None or packed.takes_adapters):
             packed = step
-        if step.needs_teacher and number == 0:
+        if step.needs_teacher and number == 0 and not isinstance(step, LinearStep):
             raise ValueError(
                 f"{step.name} as the first step would teach the model what it does already; put the step that changes "
                 "the model before it, or train on text with Heal(loss='next_token')"

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from .batches import draw
 from .journal import Journal
+from .schedules import SCHEDULES
 from .undisturbed import get_random_states, set_random_states
 
 
@@ -55,16 +56,6 @@ class FitReport:
     held_out_before: float | None = None
     held_out_after: float | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
-
-
-def warmup_cosine(step: int, warmup: int, steps: int) -> float:
-    """Share of the peak learning rate at a step: Transformers' `get_cosine_schedule_with_warmup`.
-
-    Written out here because Transformers' module of schedules imports the optional packages peft and bitsandbytes.
-    """
-    if step < warmup:
-        return step / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 class Loop:
@@ -132,7 +123,7 @@ class Loop:
         groups = [{"params": decayed, "weight_decay": s["weight_decay"]}, {"params": others, "weight_decay": 0.0}]
         self.adamw = torch.optim.AdamW([group for group in groups if group["params"]], lr=s["learning_rate"])
         warmup = min(s["warmup_steps"], s["steps"] // 5)
-        self.schedule = LambdaLR(self.adamw, partial(warmup_cosine, warmup=warmup, steps=s["steps"]))
+        self.schedule = LambdaLR(self.adamw, partial(SCHEDULES[s["schedule"]], warmup=warmup, steps=s["steps"]))
         self.optimizer = self.accelerator.prepare_optimizer(self.adamw, device_placement=False)
 
     def _train(self) -> None:
@@ -141,6 +132,7 @@ class Loop:
         with tqdm(total=s["steps"], initial=self.step, desc=s["description"], unit="step", disable=quiet) as progress:
             while self.step < s["steps"] and not self._out_of_patience():
                 rate = self.schedule.get_last_lr()[0]
+                self._before_step()
                 mean = self._optimizer_step(self.order[self.step])
                 self.losses.append(mean)
                 self.step += 1
@@ -156,6 +148,15 @@ class Loop:
             self.report.best_step = self.step
         self.finished = True
         self._write()
+
+    def _before_step(self) -> None:
+        """What depends on the number of the step alone, so that it is the same in a run that goes on."""
+        s = self.settings
+        if s["schedule"] == "two_stage" and 2 * self.step >= s["steps"]:
+            for group in self.adamw.param_groups:
+                group["weight_decay"] = 0.0
+        if s["before_step"] is not None:
+            s["before_step"](self.step)
 
     def _optimizer_step(self, micro_batches: Tensor) -> float:
         """One step on samples (micro-batches, micro); returns the mean loss over all processes."""

@@ -16,6 +16,10 @@ Ternary bytes (the layout of Transformers' own BitNet checkpoints). With P = cei
 Rows past `out_features` are padding with code 1, a zero weight. The dense weight is
 
     W[n, k] = scale[n, k // group_size] * T[n, k] + offset[n, k // group_size]
+
+A layer may normalize its inputs first, with an RMSNorm of its own (`norm_eps`, `weight_norm`): BitNet's SubLN, which
+stands before the output projection of attention and before the last projection of a feed-forward block. Transformers'
+`bitnet` architecture has the same norms as `attn_sub_norm` and `ffn_sub_norm`.
 """
 
 from abc import ABC, abstractmethod
@@ -55,16 +59,22 @@ class PackedLinear(nn.Linear, ABC):
         in_features, out_features (`int`): logical size.
         bias (`bool`): whether a dense bias of shape (out_features,) follows the product.
         transposed (`bool`): the layer takes the place of a `Conv1D`; `dequantize` gives one back.
-        dtype, device: of the bias.
+        norm_eps (`float` or `None`): an RMSNorm over the inputs comes first, with this added to the mean square. The
+            subclass includes `norm_tensors` in its `packed_tensors` and multiplies `normed(x)`.
+        dtype, device: of the bias and the norm.
     """
 
-    def __init__(self, in_features, out_features, bias=True, *, transposed=False, device=None, dtype=None):
+    def __init__(
+        self, in_features, out_features, bias=True, *, transposed=False, norm_eps=None, device=None, dtype=None
+    ):
         nn.Module.__init__(self)
         self.in_features = in_features
         self.out_features = out_features
         self.transposed = transposed
+        self.norm_eps, self.norm_dtype = norm_eps, dtype or torch.get_default_dtype()
         self._is_hf_initialized = True
         self.register_parameter("bias", None)
+        self.register_parameter("weight_norm", None)
         if bias:
             self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype))
 
@@ -79,6 +89,22 @@ class PackedLinear(nn.Linear, ABC):
     @abstractmethod
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight it stands for, (out_features, in_features)."""
+
+    def norm_tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """The weight of the norm over the inputs, as for `packed_tensors`, if the layer has one."""
+        return {} if self.norm_eps is None else {"weight_norm": ((self.in_features,), self.norm_dtype)}
+
+    def normed(self, x: Tensor) -> Tensor:
+        """`x` behind the norm over the inputs, or as it is if the layer has none."""
+        return x if self.weight_norm is None else rms_norm(x, self.weight_norm, self.norm_eps)
+
+    def check_plain(self) -> None:
+        """Raise a `ValueError` if no `nn.Linear` does what this layer does."""
+        if self.norm_eps is not None:
+            raise ValueError(
+                f"this layer ({self}) normalizes its inputs with an RMSNorm of its own (SubLN), which no nn.Linear "
+                "does, so it can be neither dequantized nor merged with an adapter; use it packed"
+            )
 
     def placeholder(self, dtype: torch.dtype) -> None:
         """Let `weight` be a dense meta tensor, replaced by packed bytes when the checkpoint's weight arrives.
@@ -102,7 +128,8 @@ class PackedLinear(nn.Linear, ABC):
         """Raise a `ValueError` if the packed tensors contradict one another, where shapes and dtypes cannot tell."""
 
     def to_linear(self, dtype: torch.dtype) -> nn.Module:
-        """An ordinary `nn.Linear` (or `Conv1D`) with the same weight in `dtype`."""
+        """An ordinary `nn.Linear` (or `Conv1D`) with the same weight in `dtype`; see `check_plain`."""
+        self.check_plain()
         weight = self.dense(dtype)
         if self.transposed:
             linear = Conv1D(0, 0)
@@ -117,6 +144,19 @@ class PackedLinear(nn.Linear, ABC):
     def stored_bits(self) -> int:
         """Bits of all packed tensors, padding included, bias excluded."""
         return sum(8 * dtype.itemsize * torch.Size(shape).numel() for shape, dtype in self.packed_tensors().values())
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last dimension, rounded as in Transformers: in fp32 up to the product with `weight`.
+
+    Args:
+        x: (..., in), of any floating dtype, which is that of the result.
+        weight: (in,).
+        eps: added to the mean square.
+    """
+    states = x.float()
+    states = states * torch.rsqrt(states.square().mean(-1, keepdim=True) + eps)
+    return weight.to(x.dtype) * states.to(x.dtype)
 
 
 def check_packed(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -138,9 +178,11 @@ class TernaryLinear(PackedLinear):
             token and group where weights have groups; `None` multiplies activations as they are.
         scale_dtype (`torch.dtype`): of scale and offset.
         reciprocal_scale (`bool`): `weight_scale` holds 1/scale, as Transformers' `BitLinear` stores it.
+        norm_eps (`float` or `None`): see `PackedLinear`.
 
     State: `weight` uint8 (ceil(out_features / 4), in_features); `weight_scale` (1,) or (out_features, groups);
-    `weight_offset` (out_features, groups) if `offset`; `bias` (out_features,) if any.
+    `weight_offset` (out_features, groups) if `offset`; `weight_norm` (in_features,) if `norm_eps`; `bias`
+    (out_features,) if any.
     """
 
     def __init__(
@@ -155,10 +197,12 @@ class TernaryLinear(PackedLinear):
         scale_dtype=torch.float32,
         reciprocal_scale=False,
         transposed=False,
+        norm_eps=None,
         device=None,
         dtype=None,
     ):
-        super().__init__(in_features, out_features, bias, transposed=transposed, device=device, dtype=dtype)
+        settings = {"transposed": transposed, "norm_eps": norm_eps, "device": device, "dtype": dtype}
+        super().__init__(in_features, out_features, bias, **settings)
         if offset and group_size is None:
             raise ValueError("a ternary offset needs a group_size; pass group_size=in_features for one per row")
         self.group_size = in_features if group_size is None else min(group_size, in_features)
@@ -178,7 +222,7 @@ class TernaryLinear(PackedLinear):
         }
         if self.has_offset:
             tensors["weight_offset"] = (scale_shape, self.scale_dtype)
-        return tensors
+        return tensors | self.norm_tensors()
 
     def scale(self) -> Tensor:
         """The scale that multiplies the codes, whichever way it is stored."""
@@ -189,7 +233,7 @@ class TernaryLinear(PackedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         return ternary_linear(
-            x,
+            self.normed(x),
             self.weight,
             self.scale(),
             self.weight_offset,
@@ -204,4 +248,5 @@ class TernaryLinear(PackedLinear):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"{groups}, offset={self.has_offset}, activation_bits={self.activation_bits}"
+            f"{'' if self.norm_eps is None else f', norm_eps={self.norm_eps}'}"
         )

@@ -53,7 +53,13 @@ class SlimQuantizer(HfQuantizer):
     is_qat_trainable = False
     is_compileable = True
     serialized_names = {  # noqa: RUF012
-        "weight": ["weight", "weight_scale", "weight_offset", "weight_values", "weight_rows", "weight_zero"]
+        "weight": [
+            "weight",
+            *("weight_scale", "weight_offset"),  # ternary, binary
+            *("weight_values", "weight_rows", "weight_zero"),  # sparse
+            *("weight_salient", "weight_columns"),  # binary
+            *("weight_in", "weight_out", "weight_norm"),  # signs, and the norm inside a trained layer
+        ]
     }
     quantized_element_size = 0.25
 
@@ -194,9 +200,11 @@ class SlimQuantizer(HfQuantizer):
 
     def _dequantize(self, model, dtype=None):
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # save_pretrained writes its name
-        for name, module in list(model.named_modules()):
-            if isinstance(module, PackedLinear):
-                model.set_submodule(name, module.to_linear(dtype))
+        packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+        for module in packed.values():  # before the first one is changed
+            module.check_plain()
+        for name, module in packed.items():
+            model.set_submodule(name, module.to_linear(dtype))
         _forget_quantization(model)
         return model
 

@@ -4,6 +4,7 @@
 files are written to a hidden folder beside the target, which takes the target's name when it is complete.
 """
 
+import dataclasses
 import errno
 import importlib.util
 import shutil
@@ -35,6 +36,8 @@ def save(
     max_shard_size: int | str | None = None,
     overwrite: bool = False,
     repo_id: str | None = None,
+    save_format: str | None = None,
+    file_type: str | None = None,
 ) -> Path:
     """Write model, generation config, tokenizer, model card and report to `out_dir`, all or nothing.
 
@@ -49,15 +52,23 @@ def save(
         max_shard_size: as in `save_pretrained`.
         overwrite: replace an existing folder, once the new one is complete.
         repo_id: name by which the card's example loads the model.
+        save_format: `"gguf"` writes the model and its tokenizer as one GGUF file for llama.cpp, `"bitnet"` as a
+            checkpoint of Transformers' own `bitnet` format; by default the format of the model's config.
+        file_type: with `"gguf"`, what matrices become, as for `export_gguf`.
 
     Returns:
         The absolute path of the folder.
 
     Raises:
+        ValueError: the model cannot be written in that format; says why.
         FileExistsError: `out_dir` is a file, or a folder with something in it and `overwrite` is not set.
         OSError: the disk is full (before or while writing); says how many bytes are needed and free.
     """
     out = check_target(out_dir, overwrite=overwrite)
+    if save_format not in (None, "slim", "bitnet", "gguf"):
+        raise ValueError(f"save_format must be 'slim', 'bitnet' or 'gguf', found {save_format!r}")
+    if file_type is not None and save_format != "gguf":
+        raise ValueError(f"file_type={file_type!r} is for save_format='gguf'")
     out.parent.mkdir(parents=True, exist_ok=True)
     needed = stored_bytes(model) + SPARE_BYTES
     if shutil.disk_usage(out.parent).free < needed:
@@ -65,10 +76,16 @@ def save(
     partial = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.partial"
     partial.mkdir()
     try:
-        _write(model, partial, tokenizer, report, max_shard_size, repo_id, str(repo_id or out))
+        name = str(repo_id or out)
+        if save_format == "gguf":
+            _write_gguf(model, partial, tokenizer, report, file_type, repo_id, name)
+        else:
+            written = _in_format(model, save_format)
+            _write(written, partial, tokenizer, report, max_shard_size, repo_id, name)
         take_place(partial, out)
-        model.name_or_path = model.name_or_path or str(repo_id or out)
-        model.config._name_or_path = model.name_or_path
+        if save_format != "gguf":
+            model.name_or_path = model.name_or_path or name
+            model.config._name_or_path = model.name_or_path
     except (OSError, SafetensorError) as error:
         if not is_disk_full(error):
             raise
@@ -156,6 +173,33 @@ def _write(model, folder: Path, tokenizer, report: Report | None, max_shard_size
     else:
         model.save_pretrained(folder, **shards)
     write_rest(model, folder, tokenizer, report, repo_id=repo_id)
+
+
+def _in_format(model, save_format: str | None):
+    """The model, or one that shares its weights, as it is to be saved."""
+    if save_format != "bitnet":
+        return model
+    from .stock_bitnet import stock_bitnet
+
+    return stock_bitnet(model)
+
+
+def _write_gguf(model, folder: Path, tokenizer, report: Report | None, file_type, repo_id, name: str) -> None:
+    """Write the model and its tokenizer as one GGUF file, which bears the type of most matrices in its name."""
+    from .gguf_export import export_gguf
+
+    stem = Path(name).name
+    written = export_gguf(model, folder / f"{stem}.gguf", tokenizer=tokenizer, file_type=file_type)
+    file = written.path.rename(folder / f"{stem}-{written.main_type}.gguf")
+    report = report or getattr(model, "slim_report", None)
+    types = ", ".join(f"{count} tensors {kind}" for kind, count in sorted(written.types.items()))
+    if report is not None:
+        remark = f"{file.name}: {megabytes(written.bytes)}, {types}"
+        report = dataclasses.replace(report, notes=[*report.notes, remark])
+        report.save(folder / REPORT_FILE)
+    pictures = _draw(report, folder)
+    card = model_card(model, report, repo_id=repo_id, pictures=pictures, gguf_file=file.name)
+    card.save(folder / "README.md")
 
 
 def write_rest(

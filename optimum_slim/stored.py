@@ -70,9 +70,7 @@ def stored_bits(path: str | Path) -> StoredBits:
         if prefix in packed and (leaf == "weight" or leaf.startswith("weight_")):
             packed_bytes += end - begin
             if leaf == "weight":
-                rows, width = entry["shape"]
-                sparse = f"{prefix}weight_values" in tensors
-                packed_weights += rows * width * per_byte if sparse else _out_features(prefix, tensors) * width
+                packed_weights += _weights(prefix, tensors, per_byte)
         else:
             dense_bytes += end - begin
             dense_weights += _count(entry["shape"])
@@ -120,9 +118,20 @@ def _is_packed(name: str, tensors: dict) -> bool:
     return (
         name.rpartition(".")[2] == "weight"
         and tensors[name]["dtype"] == "U8"
-        and len(tensors[name]["shape"]) == 2
-        and (f"{name}_scale" in tensors or f"{name}_values" in tensors)
+        and any(f"{name}_{companion}" in tensors for companion in ("scale", "values", "out"))
     )
+
+
+def _weights(prefix: str, tensors: dict, per_byte: int) -> int:
+    """How many weights a packed layer stands for; without scales for its columns, bits that fill up bytes count."""
+    rows, *_, width = tensors[f"{prefix}weight"]["shape"]
+    if f"{prefix}weight_values" in tensors:
+        return rows * width * per_byte
+    for kind, columns in {"weight_salient": "weight_columns", "weight_out": "weight_in"}.items():
+        if f"{prefix}{kind}" in tensors:
+            scaled = tensors.get(f"{prefix}{columns}")
+            return rows * (scaled["shape"][-1] if scaled else 8 * width)
+    return _out_features(prefix, tensors) * width
 
 
 def _columns_per_index_byte(folder: Path) -> int:

@@ -137,8 +137,9 @@ def slim_files(
 
 
 def streams(config: SlimConfig) -> bool:
-    """Whether the recipe is one that can be streamed: one step that packs linear layers, and nothing after it."""
-    return config.then is None and len(config.steps) == 1 and isinstance(config.steps[0], LinearStep)
+    """Whether the recipe is one that can be streamed: one step that packs linear layers untrained, and no other."""
+    first = config.steps[0]
+    return config.then is None and len(config.steps) == 1 and isinstance(first, LinearStep) and not first.trains
 
 
 def dense_config(source: str | Path, *, trust_remote_code: bool = False, **extra) -> PreTrainedConfig:
@@ -158,7 +159,9 @@ def _check_streams(source: str | Path, config: SlimConfig, model_config: PreTrai
     """The weight files, if the recipe and the checkpoint can be streamed as far as can be told from the outside."""
     if not streams(config):
         names = [step.name for step in config.steps] + ["then"] * (config.then is not None)
-        raise CannotStream(f"only one step that packs linear layers can be streamed, not {', '.join(names)}")
+        raise CannotStream(
+            f"only one step that packs linear layers without training can be streamed, not {', '.join(names)}"
+        )
     if importlib.util.find_spec("fcntl") is None:
         raise CannotStream("this system has no file locks of the POSIX kind")
     if method := _quant_method(model_config):

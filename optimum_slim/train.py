@@ -21,6 +21,7 @@ with one process per device.
 import dataclasses
 import hashlib
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from .batches import cut_batch
 from .journal import Journal, digest
 from .loop import PRECISIONS, FitReport, Loop, Loss
 from .losses import Distillation, next_token_loss
+from .schedules import SCHEDULES
 from .undisturbed import as_it_was, own_accelerator, own_random_states
 
 
@@ -39,7 +41,8 @@ __all__ = ["Distillation", "FitReport", "fit", "next_token_loss"]
 
 logger = logging.getLogger(__name__)
 
-FREE = ("journal", "journal_every", "description", "activation_checkpointing")  # may differ when a run goes on
+# What may differ when a run goes on:
+FREE = ("journal", "journal_every", "description", "activation_checkpointing", "before_step")
 
 
 def fit(
@@ -54,6 +57,8 @@ def fit(
     warmup_steps: int = 100,
     weight_decay: float = 0.0,
     max_grad_norm: float | None = 1.0,
+    schedule: str = "cosine",
+    before_step: Callable[[int], None] | None = None,
     held_out: float = 0.05,
     evaluate_every: int = 50,
     patience: int | None = None,
@@ -74,12 +79,16 @@ def fit(
             fp32 scalar, the mean over predicted tokens. A teacher it holds is looked for in its attribute `teacher`.
         steps: optimizer steps, at most.
         learning_rate: its peak; it rises from zero over `warmup_steps` (at most a fifth of `steps`), then falls to
-            zero along a cosine.
+            zero as `schedule` has it.
         batch_size: samples per optimizer step, over all processes.
         micro_batch_size: samples that go through the model at once in one process; default: all of the process's
             share. The gradients of the micro-batches are averaged.
         weight_decay: AdamW's, on matrices only.
         max_grad_norm: gradients are scaled down to this norm; `None` leaves them.
+        schedule: `"cosine"`, or `"two_stage"` as BitNet b1.58 was trained: a straight line, in the second half two
+            thirds of it, and no weight decay there.
+        before_step: called with the number of each optimizer step, from 0, before it. It is not recorded in a journal,
+            so what it does should depend on that number alone.
         held_out: share of the samples (rounded, at least one) never trained on; 0 keeps none, and the model ends with
             the last parameters.
         evaluate_every: optimizer steps between two evaluations; the first comes before training, the last after it.
@@ -169,6 +178,8 @@ def _check_settings(**s: Any) -> None:
         )
     if s["max_grad_norm"] is not None and not s["max_grad_norm"] > 0:
         raise ValueError(f"max_grad_norm must be positive, found {s['max_grad_norm']}; None leaves gradients alone")
+    if s["schedule"] not in SCHEDULES:
+        raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, found {s['schedule']!r}")
     if not 0 <= s["held_out"] < 1:
         raise ValueError(f"held_out is a share of the samples in [0, 1), found {s['held_out']}")
     if s["patience"] is not None and not s["held_out"]:
@@ -219,3 +230,10 @@ def _trained_parameters(model: nn.Module, loss: Loss, mixed_precision: str | Non
             short[0],
         )
     return parameters
+
+
+def usual_precision(dtype: torch.dtype, device: torch.device) -> str | None:
+    """`mixed_precision` of `fit` for a model of this dtype; processors compute in bf16 rather than fp16."""
+    if dtype == torch.float16 and device.type != "cpu":
+        return "fp16"
+    return "bf16" if dtype in (torch.float16, torch.bfloat16) else None

@@ -164,12 +164,17 @@ def test_list_names_steps_fields_and_papers(capsys):
     assert "2402.17764" in printed
     needs = {part.split(":")[0]: part.split("calibration data: ")[1].split("\n")[0] for part in steps_in(printed)}
     assert needs == {
+        "arbllm": "needed",
+        "billm": "needed",
         "bitnet": "not needed",
+        "bitnet_training": "needed",
         "depth": "depends on the fields",
         "heal": "needed",
         "magnitude": "depends on the fields",
+        "onebit": "depends on the fields",
         "pt2llm": "needed",
         "sparsegpt": "needed",
+        "tq": "not needed",
         "wanda": "needed",
     }
 
@@ -300,7 +305,7 @@ def run(code: str, *words: str, **options) -> subprocess.CompletedProcess:
 
 def test_python_dash_m():
     done = subprocess.run([sys.executable, "-m", "optimum_slim", "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and "{run,inspect,evaluate,list}" in done.stdout
+    assert done.returncode == 0 and "{run,inspect,evaluate,export,list}" in done.stdout
 
 
 needs_optimum = pytest.mark.skipif(

@@ -249,7 +249,7 @@ def test_other_recipes_need_the_whole_model_and_say_so(tmp_path, steps):
     source = dense(tmp_path)
     report = slim(source, steps, data=TOKENS, out=tmp_path / "out")
     (note,) = [note for note in report.notes if "whole model in memory" in note]
-    assert "only one step that packs linear layers can be streamed, not depth" in note
+    assert "only one step that packs linear layers without training can be streamed, not depth" in note
     assert note in json.loads((tmp_path / "out" / "slim_report.json").read_text())["notes"]
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.num_hidden_layers == 2
 

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import get_cosine_schedule_with_warmup
 
 from optimum_slim.batches import cut_batch, draw
-from optimum_slim.loop import warmup_cosine
+from optimum_slim.schedules import warmup_cosine
 from optimum_slim.train import Distillation, fit, next_token_loss
 
 

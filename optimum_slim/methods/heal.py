@@ -207,7 +207,7 @@ class Heal(Step):
             evaluate_every=self.evaluate_every,
             patience=self.patience,
             activation_checkpointing=self.activation_checkpointing,
-            mixed_precision=_precision(dtype, model.device),
+            mixed_precision=usual_precision(dtype, model.device),
             seed=self.seed,
             journal=journal,
             description=f"healing ({self.method}, {self.loss})",
@@ -299,10 +299,3 @@ class Heal(Step):
             f"healed by {what} ({self.loss}): {report.steps} steps, {report.tokens:,} tokens{held} "
             f"(best at step {report.best_step}){resumed}"
         )
-
-
-def _precision(dtype: torch.dtype, device: torch.device) -> str | None:
-    """Mixed precision for a model of this dtype; processors compute in bf16 rather than fp16."""
-    if dtype == torch.float16 and device.type != "cpu":
-        return "fp16"
-    return "bf16" if dtype in (torch.float16, torch.bfloat16) else None

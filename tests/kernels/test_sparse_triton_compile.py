@@ -88,7 +88,7 @@ CASES = {
 
 def figures(name, target):
     """Compile one case; returns (compiled kernel, Figures)."""
-    with mock.patch.object(launcher, "_speaks_ptx", lambda x: target.startswith("sm_")):
+    with mock.patch.object(launcher, "speaks_ptx", lambda x: target.startswith("sm_")):
         kernel, arguments = record(CASES[name][0])[0]
     compiled = compile_launch(kernel, arguments, TARGETS[target])
     weights = 8 * arguments["ROWS"] * arguments["ELEMENTS"]

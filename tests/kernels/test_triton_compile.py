@@ -25,6 +25,7 @@ if sys.platform != "linux":
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
+from triton_ptx import run_ptx
 from triton_static import SHARED_MEMORY, TARGETS, compile_launch, measure, record
 
 from optimum_slim._kernels import triton as launcher
@@ -75,7 +76,7 @@ CASES = {
 def figures(name, target):
     """Compile one case; returns (launch arguments, compiled kernel, Figures)."""
     call, kernel_name, _, _ = CASES[name]
-    with mock.patch.object(launcher, "_speaks_ptx", lambda x: target.startswith("sm_")):
+    with mock.patch.object(launcher, "speaks_ptx", lambda x: target.startswith("sm_")):
         launches = record(call)
     kernel, arguments = next(launch for launch in launches if launch[0].__name__ == kernel_name)
     compiled = compile_launch(kernel, arguments, TARGETS[target])
@@ -133,37 +134,6 @@ def test_unpacking_ptx_over_all_bytes(ptx, dtype):
                 bits = struct.pack("<2I", *registers[2 * plane : 2 * plane + 2])
                 found = torch.frombuffer(bytearray(bits), dtype=dtype).tolist()
                 assert found == [code - 1 for code in codes]
-
-
-def run_ptx(text, outputs, word):
-    """Execute the few PTX instructions that the unpacking uses; `word` is the input register $outputs."""
-    values = {f"${outputs}": word}
-    for line in text.replace("{ .reg .b32 lo, hi, factor, addend;", "").replace("}", "").strip().splitlines():
-        if not line.strip():
-            continue
-        name, operands = line.rstrip(";").split(maxsplit=1)
-        target, *sources = operands.split(", ")
-        a, b, c = ([values[s] if s in values else int(s, 0) for s in sources] + [0, 0])[:3]
-        match name.split("."):
-            case ["mov", *_]:
-                values[target] = a
-            case ["and", *_]:
-                values[target] = a & b
-            case ["shr", *_]:
-                values[target] = a >> b
-            case ["lop3", *_]:
-                assert sources[3] == "0xEA"  # (a & b) | c
-                values[target] = a & b | c
-            case ["prmt", *_]:
-                pool = a.to_bytes(4, "little") + b.to_bytes(4, "little")
-                values[target] = int.from_bytes(bytes(pool[c >> 4 * i & 7] for i in range(4)), "little")
-            case ["fma", "rn", pair]:
-                dtype = BF16 if pair == "bf16x2" else FP16
-                x, y, z = (torch.frombuffer(bytearray(struct.pack("<I", v)), dtype=dtype).double() for v in (a, b, c))
-                values[target] = int.from_bytes((x * y + z).to(dtype).view(torch.uint8).numpy().tobytes(), "little")
-            case _:
-                raise AssertionError(f"no model for {line}")
-    return [values[f"${i}"] for i in range(outputs)]
 
 
 def table() -> str:

@@ -34,35 +34,7 @@ static void quantize_group_portable(const float *x, int64_t start, int64_t stop,
     }
 }
 
-static void row_to_float_portable(int type, const void *x, int64_t start, int64_t count, float *out) {
-    for (int64_t k = 0; k < count; k++) out[k] = load_float(type, x, start + k);
-}
-
 #ifdef HAVE_X86
-AVX2 static inline __m256 load8(int type, const void *base, int64_t index) {
-    if (type == FP32) return _mm256_loadu_ps((const float *)base + index);
-    __m128i half = _mm_loadu_si128((const __m128i *)((const uint16_t *)base + index));
-    if (type == FP16) return _mm256_cvtph_ps(half);
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
-}
-
-AVX2 static inline __m128i bfloat8(__m256 value) {
-    __m256i bits = _mm256_castps_si256(value), one = _mm256_set1_epi32(1);
-    __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), one);
-    __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
-    __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_UNORD_Q));
-    rounded = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7FC00000), nan), 16);
-    return _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
-}
-
-AVX2 static inline void store8(int type, void *base, int64_t index, __m256 value) {
-    if (type == FP32)
-        _mm256_storeu_ps((float *)base + index, value);
-    else
-        _mm_storeu_si128((__m128i *)((uint16_t *)base + index),
-                         type == BF16 ? bfloat8(value) : _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
-}
-
 AVX2 static inline float hsum8(__m256 v) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -72,12 +44,6 @@ AVX2 static inline float hsum8(__m256 v) {
 AVX2 static inline __m128 hsum8x4(__m256 a, __m256 b, __m256 c, __m256 d) {
     __m256 v = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
     return _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-}
-
-AVX2 static void row_to_float_avx2(int type, const void *x, int64_t start, int64_t count, float *out) {
-    int64_t k = 0;
-    for (; k + 8 <= count; k += 8) _mm256_storeu_ps(out + k, load8(type, x, start + k));
-    row_to_float_portable(type, x, start + k, count - k, out + k);
 }
 
 AVX2 static void quantize_group_avx2(const float *x, int64_t start, int64_t stop, const Problem *p, int64_t token,
@@ -132,12 +98,8 @@ static void prepare_token(const Problem *p, int64_t token, float *buffer, int is
     const float *x = buffer;
     if (p->x_type == FP32)
         x = (const float *)p->x + token * p->columns;
-#ifdef HAVE_X86
-    else if (isa >= ISA_AVX2)
-        row_to_float_avx2(p->x_type, p->x, token * p->columns, p->columns, buffer);
-#endif
     else
-        row_to_float_portable(p->x_type, p->x, token * p->columns, p->columns, buffer);
+        to_float(isa, p->x_type, p->x, token * p->columns, p->columns, buffer);
     int64_t first = 0;
     while (first < p->segment_count) {
         const Segment *segment = p->segments + first;

@@ -132,3 +132,5 @@ static inline const uint8_t *readable_row(const Problem *p, int64_t row, uint8_t
     memset(copy + p->columns, 0, 64);
     return copy;
 }
+
+static inline uint8_t *aligned(uint8_t *pointer) { return (uint8_t *)(((uintptr_t)pointer + 63) & ~(uintptr_t)63); }

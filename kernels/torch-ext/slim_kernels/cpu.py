@@ -1,4 +1,4 @@
-"""The C kernels behind the CPU implementations: load the library, call `ternary.c`; `sparse_cpu.py` calls `sparse.c`.
+"""The C kernels behind the CPU implementations: load the library, call `ternary.c`; `*_cpu.py` call the others.
 
 The library is loaded on first use, after torch, so that both share one OpenMP pool. It is looked for next to this
 file (built with the wheel), then in the cache folder, where it is compiled once with the C compiler of the machine.
@@ -45,6 +45,12 @@ def _bind(path: Path) -> ctypes.CDLL:
     library.slim_dequantize.restype = None
     library.slim_sparse_linear.argtypes = [pointer] * 9 + [size] + [integer] * 2
     library.slim_sparse_dense.argtypes = [pointer] * 7 + [size] * 2 + [integer] * 2
+    library.slim_sign_linear.argtypes = [pointer] * 7 + [size] + [integer] * 3
+    library.slim_sign_ternary.argtypes = [pointer] * 2 + [size] * 3 + [integer] * 2
+    library.slim_sign_ternary.restype = None
+    library.slim_sign_dense.argtypes = [pointer] * 5 + [size] * 2 + [integer] * 2
+    library.slim_binary_linear.argtypes = [pointer] * 9 + [size] + [integer] * 2
+    library.slim_binary_dense.argtypes = [pointer] * 7 + [size] * 2 + [integer] * 2
     library.slim_use_isa.restype = None
     return library
 

@@ -1,24 +1,6 @@
 /* Lanes along rows: more tokens. */
 
 #ifdef HAVE_X86
-AVX2 static inline void transpose8(__m256i *a) {
-    __m256i b[8];
-    for (int i = 0; i < 8; i += 2) {
-        b[i] = _mm256_unpacklo_epi32(a[i], a[i + 1]);
-        b[i + 1] = _mm256_unpackhi_epi32(a[i], a[i + 1]);
-    }
-    for (int i = 0; i < 8; i += 4)
-        for (int j = 0; j < 2; j++) {
-            a[i + 2 * j] = _mm256_unpacklo_epi64(b[i + j], b[i + j + 2]);
-            a[i + 2 * j + 1] = _mm256_unpackhi_epi64(b[i + j], b[i + j + 2]);
-        }
-    for (int j = 0; j < 4; j++) {
-        b[j] = _mm256_permute2x128_si256(a[j], a[j + 4], 0x20);
-        b[j + 4] = _mm256_permute2x128_si256(a[j], a[j + 4], 0x31);
-    }
-    for (int j = 0; j < 8; j++) a[j] = b[j];
-}
-
 /* table[group][plane][lane] of a (outs, groups) matrix for `width` packed rows from `row`. Lanes past the last output
    repeat it; their results are never stored. */
 AVX2 static void load_table(const Problem *p, int type, const void *matrix, int64_t row, int64_t width,
@@ -199,26 +181,10 @@ AVX2 static void block_avx2(const Problem *p, int64_t row, int64_t first, int64_
 
 AVX512 static void transpose_tile_avx512(const uint8_t **rows, const Segment *segment, uint8_t *tile) {
     for (int64_t k = 0; k < segment->padded; k += 64, tile += 1024) {
-        __m512i a[16], b[16];
+        __m512i a[16];
         for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(rows[i] + segment->start + k);
-        for (int i = 0; i < 16; i += 2) {
-            b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-            b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-        }
-        for (int i = 0; i < 16; i += 4)
-            for (int j = 0; j < 2; j++) {
-                a[i + 2 * j] = _mm512_unpacklo_epi64(b[i + j], b[i + j + 2]);
-                a[i + 2 * j + 1] = _mm512_unpackhi_epi64(b[i + j], b[i + j + 2]);
-            }
-        for (int j = 0; j < 4; j++) {
-            __m512i even0 = _mm512_shuffle_i32x4(a[j], a[j + 4], 0x88), odd0 = _mm512_shuffle_i32x4(a[j], a[j + 4], 0xDD);
-            __m512i even1 = _mm512_shuffle_i32x4(a[j + 8], a[j + 12], 0x88);
-            __m512i odd1 = _mm512_shuffle_i32x4(a[j + 8], a[j + 12], 0xDD);
-            _mm512_store_si512(tile + 64 * j, _mm512_shuffle_i32x4(even0, even1, 0x88));
-            _mm512_store_si512(tile + 64 * (j + 4), _mm512_shuffle_i32x4(odd0, odd1, 0x88));
-            _mm512_store_si512(tile + 64 * (j + 8), _mm512_shuffle_i32x4(even0, even1, 0xDD));
-            _mm512_store_si512(tile + 64 * (j + 12), _mm512_shuffle_i32x4(odd0, odd1, 0xDD));
-        }
+        transpose16(a);
+        for (int i = 0; i < 16; i++) _mm512_store_si512(tile + 64 * i, a[i]);
     }
 }
 

@@ -48,8 +48,6 @@ static void read_layout(Sparse *p, const int64_t *numbers) {
     if (p->groups == 1) p->group_size = p->columns;
 }
 
-static uint8_t *aligned(uint8_t *pointer) { return (uint8_t *)(((uintptr_t)pointer + 63) & ~(uintptr_t)63); }
-
 static size_t padded(int64_t bytes) { return ((size_t)bytes + 127) & ~(size_t)63; }
 
 static size_t row_scratch_bytes(const Sparse *p) {

@@ -23,8 +23,7 @@ from torch import Tensor
 
 from .sparse_reference import sparse_linear_dx_reference, sparse_linear_reference
 from .sparse_triton_kernels import sparse_dot_kernel, sparse_expand_kernel, sparse_few_kernel
-from .triton import DECODE_TOKENS, _before_ampere, _speaks_ptx
-from .triton_kernels import sum_splits_kernel
+from .triton_launch import DECODE_TOKENS, allocate_parts, before_ampere, speaks_ptx, sum_parts
 
 
 FEW_TOKENS = 2
@@ -32,8 +31,6 @@ FEW_TOKENS = 2
 
 TARGET_WARPS = 2048
 """Warps that keep a data-centre GPU (H100: 132 multiprocessors) busy; K is split where rows give less than half."""
-
-_BLOCK_SUM = 1024
 
 
 @dataclass(frozen=True)
@@ -75,7 +72,7 @@ def sparse_linear_triton(
     group_size: int,
 ) -> Tensor:
     """`sparse_linear` on a GPU; arguments and result as in `sparse_linear_reference`."""
-    if _before_ampere(x.device):
+    if before_ampere(x.device):
         return sparse_linear_reference(x, weight, values, rows, scale, zero, bias, keep, bits, group_size)
     columns, outs = x.shape[-1], weight.shape[0]
     flat = x.reshape(-1, columns).contiguous()
@@ -87,12 +84,12 @@ def sparse_linear_triton(
     if tokens > DECODE_TOKENS or group < 0:
         dense = expand_sparse(weight, values, rows, scale, zero, columns, keep, bits, group_size, x.dtype)
         return F.linear(x, dense, None if bias is None else bias.to(x.dtype))
-    tiles = choose_sparse_tiles(tokens, outs, columns, nvidia=_speaks_ptx(x))
+    tiles = choose_sparse_tiles(tokens, outs, columns, nvidia=speaks_ptx(x))
     per_split = tiles.columns_per_split(columns)
     splits = triton.cdiv(columns, per_split)
 
     with torch.cuda.device_of(x):
-        parts = out if splits == 1 else x.new_empty(splits, tokens, outs, dtype=torch.float32)
+        parts = allocate_parts(out, tokens, outs, splits)
         kernel = sparse_few_kernel if tokens <= FEW_TOKENS else sparse_dot_kernel
         weight, values = weight.contiguous(), _at_word(values, bits)
         kernel[(triton.cdiv(outs, tiles.rows), splits)](
@@ -123,11 +120,7 @@ def sparse_linear_triton(
             num_stages=1,
             enable_fp_fusion=True,
         )
-        if splits > 1:
-            size = tokens * outs
-            sum_splits_kernel[(triton.cdiv(size, _BLOCK_SUM),)](
-                parts, bias, out, size, outs, splits, BLOCK=_BLOCK_SUM, num_warps=4, enable_fp_fusion=True
-            )
+        sum_parts(parts, bias, out)
     return out
 
 
@@ -144,7 +137,7 @@ def sparse_linear_dx_triton(
     group_size: int,
 ) -> Tensor:
     """`sparse_linear_dx` on a GPU; arguments and result as in `sparse_linear_dx_reference`."""
-    if _before_ampere(dy.device):
+    if before_ampere(dy.device):
         return sparse_linear_dx_reference(dy, weight, values, rows, scale, zero, columns, keep, bits, group_size)
     return dy @ expand_sparse(weight, values, rows, scale, zero, columns, keep, bits, group_size, dy.dtype)
 
@@ -164,7 +157,7 @@ def expand_sparse(
     """The dense matrix (out, columns) in `dtype`: `sparse_dense` on a GPU."""
     outs = weight.shape[0]
     dense = torch.empty(outs, columns, dtype=dtype, device=weight.device)
-    tiles = choose_sparse_tiles(0, outs, columns, nvidia=_speaks_ptx(weight))
+    tiles = choose_sparse_tiles(0, outs, columns, nvidia=speaks_ptx(weight))
     group = _element_group(columns, group_size, bits)
     if group < 0:
         tiles = replace(tiles, elements=tiles.elements // 2)  # scales of every column take registers too

@@ -20,9 +20,13 @@
 
 #include "common.h"
 
+#include "convert.h"
+
 #include "activations.h"
 
 #include "few_tokens.h"
+
+#include "transpose.h"
 
 #include "many_tokens.h"
 
@@ -105,8 +109,6 @@ static void take_scratch(const Problem *p, Arena *arena, Scratch *s) {
     s->offset = take(arena, p->groups * table);
     s->accumulator = take(arena, tokens * table);
 }
-
-static uint8_t *aligned(uint8_t *pointer) { return (uint8_t *)(((uintptr_t)pointer + 63) & ~(uintptr_t)63); }
 
 /* All of one linear layer. `types`: two bits each for x (and y), scale, offset, bias; `groups` 0 means one scale for the
    whole tensor. x is (tokens, columns) and y is (tokens, outs), both contiguous. Returns 0, or 1 if out of memory. */

@@ -9,25 +9,19 @@ short last group cost masks and, where the group is not aligned to 16 bytes, nar
 (compute capability below 8.0) lack the instructions and get the PyTorch reference, with one warning.
 """
 
-import warnings
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import triton
 from torch import Tensor
 
 from .reference import ternary_linear_dx_reference, ternary_linear_reference
-from .triton_kernels import quantize_activations_kernel, sum_splits_kernel, ternary_dx_kernel, ternary_linear_kernel
+from .triton_kernels import quantize_activations_kernel, ternary_dx_kernel, ternary_linear_kernel
+from .triton_launch import DECODE_TOKENS, allocate_parts, before_ampere, speaks_ptx, sum_parts
 
-
-DECODE_TOKENS = 16
-"""Up to this many tokens the weight's bytes are what costs time, above it the arithmetic."""
 
 TARGET_PROGRAMS = 128
 """Programs that fill a data-centre GPU (A100: 108 multiprocessors, H100: 132) once; K is split to reach it."""
-
-_BLOCK_SUM = 1024
 
 
 @dataclass(frozen=True)
@@ -113,7 +107,7 @@ def ternary_linear_triton(
     act_bits: int,
 ) -> Tensor:
     """`ternary_linear` on a GPU; arguments and result as in `ternary_linear_reference`."""
-    if _before_ampere(x.device):
+    if before_ampere(x.device):
         return ternary_linear_reference(x, weight, scale, offset, bias, out_features, group_size, act_bits)
     columns, packed_rows = x.shape[-1], weight.shape[0]
     flat = x.reshape(-1, columns).contiguous()
@@ -124,7 +118,7 @@ def ternary_linear_triton(
     grouped = scale.dim() == 2 and scale.shape[1] > 1
     operand = torch.int8 if act_bits == 8 else x.dtype
     group = group_size if grouped else None
-    tiles = choose_tiles(tokens, packed_rows, columns, dtype=operand, group_size=group, nvidia=_speaks_ptx(x))
+    tiles = choose_tiles(tokens, packed_rows, columns, dtype=operand, group_size=group, nvidia=speaks_ptx(x))
     segments = cut_columns(columns, group, tiles)
     splits = triton.cdiv(segments.count, segments.per_split)
     weight, scale = weight.contiguous(), scale.contiguous()
@@ -134,7 +128,7 @@ def ternary_linear_triton(
         q = x_scale = x_sum = None
         if act_bits == 8 or offset is not None:
             q, x_scale, x_sum = quantize_activations(flat, segments, int8=act_bits == 8, per_token=not grouped)
-        parts = out if splits == 1 else x.new_empty(splits, tokens, out_features, dtype=torch.float32)
+        parts = allocate_parts(out, tokens, out_features, splits)
         grid = (triton.cdiv(packed_rows, tiles.rows), triton.cdiv(tokens, tiles.tokens), splits)
         ternary_linear_kernel[grid](
             flat if q is None else q,
@@ -158,7 +152,7 @@ def ternary_linear_triton(
             1 if grouped else 0,
             TILES=segments.tiles,
             EVEN=segments.even,
-            PTX=_speaks_ptx(x),
+            PTX=speaks_ptx(x),
             BLOCK_M=tiles.tokens,
             BLOCK_P=tiles.rows,
             BLOCK_K=segments.columns,
@@ -166,12 +160,7 @@ def ternary_linear_triton(
             num_stages=tiles.stages,
             enable_fp_fusion=True,
         )
-        if splits > 1:
-            size = tokens * out_features
-            grid = (triton.cdiv(size, _BLOCK_SUM),)
-            sum_splits_kernel[grid](
-                parts, bias, out, size, out_features, splits, BLOCK=_BLOCK_SUM, num_warps=4, enable_fp_fusion=True
-            )
+        sum_parts(parts, bias, out)
     return out
 
 
@@ -208,7 +197,7 @@ def ternary_linear_dx_triton(
     dy: Tensor, weight: Tensor, scale: Tensor, offset: Tensor | None, group_size: int
 ) -> Tensor:
     """`ternary_linear_dx` on a GPU; arguments and result as in `ternary_linear_dx_reference`."""
-    if _before_ampere(dy.device):
+    if before_ampere(dy.device):
         return ternary_linear_dx_reference(dy, weight, scale, offset, group_size)
     out_features, (packed_rows, columns) = dy.shape[-1], weight.shape
     flat = dy.reshape(-1, out_features).contiguous()
@@ -240,7 +229,7 @@ def ternary_linear_dx_triton(
             steps,
             0 if scale.dim() == 1 else scale.shape[1],
             1 if grouped else 0,
-            PTX=_speaks_ptx(dy),
+            PTX=speaks_ptx(dy),
             BLOCK_M=tiles.tokens,
             BLOCK_P=tiles.rows,
             BLOCK_K=segments.columns,
@@ -260,20 +249,3 @@ def choose_dx_tiles(tokens: int, *, dtype: torch.dtype, group_size: int | None) 
         return Tiles(tokens=16, rows=16, columns=64, warps=4, stages=2)
     stages = 1 if group_size is not None and group_size % 16 else 3
     return Tiles(tokens=16 if tokens <= DECODE_TOKENS else 64, rows=32, columns=128, warps=4, stages=stages)
-
-
-def _speaks_ptx(x: Tensor) -> bool:
-    return x.is_cuda and torch.version.hip is None
-
-
-@cache
-def _before_ampere(device: torch.device) -> bool:
-    if device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0):
-        return False
-    name = torch.cuda.get_device_name(device)
-    warnings.warn(
-        f"The kernels of optimum_slim need an NVIDIA GPU of compute capability 8.0 or newer; {name} is older. Using "
-        "plain PyTorch instead, which is slow.",
-        stacklevel=4,
-    )
-    return True
