@@ -43,7 +43,7 @@ from ..student import (
     require_peft,
     seams,
 )
-from ..train import FitReport, fit
+from ..train import FitReport, fit, usual_precision
 
 
 METHODS = ("lora", "qlora", "full", "norms")
