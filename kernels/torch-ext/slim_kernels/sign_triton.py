@@ -8,7 +8,7 @@ saves none of it. This takes the memory of one dense layer for the time of the c
 
 x in fp32 is multiplied in fp32 throughout, unless TF32 was allowed in PyTorch's matmul.
 
-The tiles follow from what the kernels compile to (benchmarks/results/binary_triton_static.md). They have not run on a
+The tiles follow from what the kernels compile to (tests/kernels/test_binary_triton_compile.py FILE lists it). They have not run on a
 GPU yet; `python benchmarks/gpu_check.py --part binary` checks and times them there.
 """
 
