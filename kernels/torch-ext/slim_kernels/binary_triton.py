@@ -9,8 +9,8 @@ bits save none of it. This takes the memory of one dense layer for the time of t
 
 x in fp32 is multiplied in fp32 throughout, unless TF32 was allowed in PyTorch's matmul.
 
-The tiles follow from what the kernels compile to (tests/kernels/test_binary_triton_compile.py FILE lists it). They have not run on a
-GPU yet; `python benchmarks/gpu_check.py --part binary` checks and times them there.
+The tiles follow from what the kernels compile to, which `python tests/kernels/test_binary_triton_compile.py FILE`
+lists. They have not run on a GPU yet; `python benchmarks/gpu_check.py --part binary` checks and times them there.
 """
 
 import torch
