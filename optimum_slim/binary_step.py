@@ -21,13 +21,12 @@ from torch import Tensor, nn
 from .binary import BinaryLinear
 from .hessian import MAX_DAMPENING, Hessian
 from .levels import ColumnLevels, Levels, groups_of, solve_columns, solve_scales, sweep_bits
-from .packed import linear_shape
+from .packed import SCALE_DTYPES, linear_shape
 from .step import LinearStep
 
 
 DECIDED = ("group_size", "offset", "compensation", "iterations", "rounds", "asymmetric", "sequential")
 COMPENSATIONS = ("triangular", "diagonal", "none")
-SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 NOMINAL = (
     "nominal_bits are the papers' figure, signs alone: 1 for each weight and 2 in salient columns; bits_per_weight "
     "counts all that is stored"

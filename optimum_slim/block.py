@@ -89,7 +89,7 @@ class Block:
     def outputs(self) -> Iterator[Tensor]:
         """Run the layer, as it is now, on one batch after the other: (batch, length, hidden) each, on the CPU."""
         for batch in range(len(self.inputs)):
-            yield _states(self._run(batch)).to("cpu")
+            yield states_of(self._run(batch)).to("cpu")
 
     def advance(self) -> None:
         """Let the hidden states pass through the layer as it is now, the reference stream through the original."""
@@ -98,7 +98,7 @@ class Block:
                 self.inputs[batch] = output
         if self.references is not None and not self.ahead:
             for batch in range(len(self.references)):
-                self.references[batch] = _states(self._run(batch, original=True)).to("cpu")
+                self.references[batch] = states_of(self._run(batch, original=True)).to("cpu")
 
     def gram_groups(
         self, modules: dict[str, nn.Module], *, sequential: bool = True, accept_unseen: bool = False
@@ -135,7 +135,7 @@ class Block:
             yield from self._measured(modules, together)
             waiting.difference_update(*together)
         for name, module in unseen.items():
-            yield Group([name], torch.zeros((linear_shape(module)[1],) * 2, device=_device(module)), 0)
+            yield Group([name], torch.zeros((linear_shape(module)[1],) * 2, device=device_of(module)), 0)
 
     def square_means(self, modules: dict[str, nn.Module]) -> dict[str, Tensor]:
         """The mean of x² over the tokens that enter each module, fp32 (in,); modules no token reached are left out.
@@ -153,7 +153,7 @@ class Block:
 
         with input_hooks(modules, accumulate):
             for batch in range(len(self.inputs)):
-                self.inputs[batch] = _states(self._run(batch)).to("cpu")
+                self.inputs[batch] = states_of(self._run(batch)).to("cpu")
         self.advanced = True
         return {name: total / counts[name] for name, total in sums.items() if counts[name]}
 
@@ -161,7 +161,7 @@ class Block:
         """Call the layer on one batch, in evaluation mode and without an autograd graph."""
         args, kwargs = self.arguments[batch]
         layer, states = (self.original, self.references) if original else (self.layer, self.inputs)
-        states = states[batch].to(_device(layer))
+        states = states[batch].to(device_of(layer))
         self.batch_tokens = states.shape[:-1].numel()
         with torch.no_grad(), evaluating(layer), nullcontext() if original else self._replaying(batch):
             return layer(states, *args, **kwargs)
@@ -216,7 +216,7 @@ class Block:
         for batch in range(len(self.references)):
             entering: dict[str, Tensor] = {}
             with input_hooks(originals, entering.__setitem__):
-                self.references[batch] = _states(self._run(batch, original=True)).to("cpu")
+                self.references[batch] = states_of(self._run(batch, original=True)).to("cpu")
             self.ahead.append(entering)
 
     def _originals(self, names: Iterable[str]) -> dict[str, nn.Module]:
@@ -318,9 +318,11 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             child.training = True
 
 
-def _states(output: Any) -> Tensor:
+def states_of(output: Any) -> Tensor:
+    """The hidden states in what a decoder layer returned."""
     return output[0] if isinstance(output, tuple) else output
 
 
-def _device(module: nn.Module) -> torch.device:
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's first parameter is; the CPU if it has none."""
     return next((p.device for p in module.parameters()), torch.device("cpu"))

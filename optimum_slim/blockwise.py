@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from .batches import cut_batch, draw
-from .block import Block, evaluating
+from .block import Block, device_of, evaluating, states_of
 from .journal import Journal, digest
 from .train import fit
 from .walk import decoder_layers, walk
@@ -147,6 +147,17 @@ def train_blocks(
     return _train(model, walk(model, tokens, batch_size=micro), prepare, finish, options, measured, run, description)
 
 
+def outcome(reports: list[BlockReport]) -> str:
+    """How the layers did together, in a line for a report."""
+    before, after = (sum(getattr(r, key) for r in reports) / len(reports) for key in ("before", "after"))
+    resumed = sum(report.resumed for report in reports)
+    return (
+        f"trained {len(reports)} decoder layers one by one: {sum(r.steps for r in reports)} steps, mean relative "
+        f"error of their outputs {before:.4g} -> {after:.4g}"
+        f"{f', {resumed} taken from the journal' if resumed else ''}"
+    )
+
+
 def relative_error(states: Tensor, target: Tensor) -> Tensor:
     """Mean over tokens of ||states - target||² / ||target||², of hidden states (..., hidden), as an fp32 scalar."""
     target = target.float()
@@ -192,7 +203,7 @@ def _fit(
         batch = int(numbers[0, 0])
         args, kwargs = block.arguments[batch]
         with evaluating(layer):  # without dropout
-            states = _states(layer(block.inputs[batch].to(numbers.device), *args, **kwargs))
+            states = states_of(layer(block.inputs[batch].to(numbers.device), *args, **kwargs))
         return relative_error(states, targets[batch].to(states.device))
 
     def error() -> float:
@@ -224,7 +235,7 @@ def _run(block: Block, batch: int, states: Tensor) -> Tensor:
     """What the layer, as it is now, makes of hidden states of this batch; on the CPU."""
     args, kwargs = block.arguments[batch]
     with torch.no_grad(), evaluating(block.layer):
-        return _states(block.layer(states.to(_device(block.layer)), *args, **kwargs)).to("cpu")
+        return states_of(block.layer(states.to(device_of(block.layer)), *args, **kwargs)).to("cpu")
 
 
 def _identity(model: nn.Module, tokens: Tensor) -> dict[str, Any]:
@@ -233,11 +244,3 @@ def _identity(model: nn.Module, tokens: Tensor) -> dict[str, Any]:
         "tokens": f"{tuple(tokens.shape)} {hashlib.sha256(tokens.cpu().contiguous().numpy().tobytes()).hexdigest()}",
         "weights": digest(model.named_parameters()),
     }
-
-
-def _states(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
-
-
-def _device(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device

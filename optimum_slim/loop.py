@@ -57,6 +57,14 @@ class FitReport:
     held_out_after: float | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
 
+    def outcome(self) -> str:
+        """How it went, in a line for a report."""
+        held = ""
+        if self.held_out_before is not None:
+            held = f", held-out loss {self.held_out_before:.4g} -> {self.held_out_after:.4g}"
+        resumed = f", resumed from step {self.resumed_from}" if self.resumed_from else ""
+        return f"{self.steps} steps, {self.tokens:,} tokens{held} (best at step {self.best_step}){resumed}"
+
 
 class Loop:
     """One call of `fit`.

@@ -32,6 +32,9 @@ from transformers.pytorch_utils import Conv1D
 from ._kernels import dequantize, ternary_linear
 
 
+SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
 def linear_shape(module: nn.Module) -> tuple[int, int]:
     """(out_features, in_features) of an `nn.Linear` or of GPT-2's transposed `Conv1D`."""
     if isinstance(module, Conv1D):

@@ -38,7 +38,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..blockwise import train_blocks
+from ..blockwise import outcome, train_blocks
 from ..calibration import Calibration
 from ..latent import AbsmeanLinear, GridLinear, LatentLinear, Share, SignsLinear, packed_absmean, packed_signs
 from ..latent_model import LAST, LatentModel, is_last
@@ -264,13 +264,7 @@ class BitNetTraining(LinearStep):
                 description="BitNet training, layer",
             )
         )
-        before, after = (sum(getattr(r, key) for r in reports) / len(reports) for key in ("before", "after"))
-        resumed = sum(report.resumed for report in reports)
-        notes.append(
-            f"trained {len(reports)} decoder layers one by one: {sum(r.steps for r in reports)} steps, mean relative "
-            f"error of their outputs {before:.4g} -> {after:.4g}"
-            f"{f', {resumed} taken from the journal' if resumed else ''}"
-        )
+        notes.append(outcome(reports))
         return [dataclasses.asdict(report) for report in reports]
 
     def _train_all(self, held: LatentModel, tokens, teacher, journal, notes: list[str]) -> list[dict[str, Any]]:
@@ -293,14 +287,7 @@ class BitNetTraining(LinearStep):
             journal=journal,
             description=f"BitNet training ({self.loss})",
         )
-        losses = ""
-        if report.held_out_before is not None:
-            losses = f", held-out loss {report.held_out_before:.4g} -> {report.held_out_after:.4g}"
-        resumed = f", resumed from step {report.resumed_from}" if report.resumed_from else ""
-        notes.append(
-            f"trained all layers together ({self.loss}): {report.steps} steps, {report.tokens:,} tokens{losses} "
-            f"(best at step {report.best_step}){resumed}"
-        )
+        notes.append(f"trained all layers together ({self.loss}): {report.outcome()}")
         return report.history
 
     def _loss(self, model: nn.Module, teacher: nn.Module | None):

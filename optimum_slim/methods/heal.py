@@ -291,11 +291,4 @@ class Heal(Step):
 
     def _note(self, report: FitReport) -> str:
         what = f"{self.method} rank {self.rank}" if self.method in ("lora", "qlora") else self.method
-        held = ""
-        if report.held_out_before is not None:
-            held = f", held-out loss {report.held_out_before:.4g} -> {report.held_out_after:.4g}"
-        resumed = f", resumed from step {report.resumed_from}" if report.resumed_from else ""
-        return (
-            f"healed by {what} ({self.loss}): {report.steps} steps, {report.tokens:,} tokens{held} "
-            f"(best at step {report.best_step}){resumed}"
-        )
+        return f"healed by {what} ({self.loss}): {report.outcome()}"

@@ -35,15 +35,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._kernels import pack_signs
-from ..blockwise import train_blocks
+from ..blockwise import outcome, train_blocks
 from ..calibration import Calibration
 from ..latent_model import LatentModel
-from ..packed import linear_shape, linear_weight
+from ..packed import SCALE_DTYPES, linear_shape, linear_weight
 from ..sign import SignLinear
 from ..sign_training import STARTS, LatentSignLinear, SignDistillation, first_latents
 from ..step import LinearStep, StepReport, check_weight, layer_row, register
@@ -51,7 +50,6 @@ from ..train import fit, usual_precision
 from ..walk import decoder_layers
 
 
-SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 CHOICES = {
     "variant": ("plain", "paper"),
     "start": (None, *STARTS),
@@ -215,13 +213,7 @@ class OneBit(LinearStep):
                 description="OneBit, layer",
             )
         )
-        before, after = (sum(getattr(r, key) for r in reports) / len(reports) for key in ("before", "after"))
-        resumed = sum(report.resumed for report in reports)
-        notes.append(
-            f"trained {len(reports)} decoder layers one by one: {sum(r.steps for r in reports)} steps, mean relative "
-            f"error of their outputs {before:.4g} -> {after:.4g}"
-            f"{f', {resumed} taken from the journal' if resumed else ''}"
-        )
+        notes.append(outcome(reports))
         return [dataclasses.asdict(report) for report in reports]
 
     def _train_all(self, held: LatentModel, tokens, teacher, journal, notes: list[str]) -> list[dict[str, Any]]:
@@ -241,14 +233,7 @@ class OneBit(LinearStep):
             journal=journal,
             description="OneBit",
         )
-        losses = ""
-        if report.held_out_before is not None:
-            losses = f", held-out loss {report.held_out_before:.4g} -> {report.held_out_after:.4g}"
-        resumed = f", resumed from step {report.resumed_from}" if report.resumed_from else ""
-        notes.append(
-            f"trained all layers together: {report.steps} steps, {report.tokens:,} tokens{losses} "
-            f"(best at step {report.best_step}){resumed}"
-        )
+        notes.append(f"trained all layers together: {report.outcome()}")
         return report.history
 
     def _settings(self, model: nn.Module) -> dict[str, Any]:

@@ -38,11 +38,10 @@ from torch import Tensor, nn
 
 from .._kernels import pack_ternary
 from ..grid import Grid, solve_grids, sweep_codes
-from ..packed import TernaryLinear, linear_shape
+from ..packed import SCALE_DTYPES, TernaryLinear, linear_shape
 from ..step import LinearStep, register
 
 
-SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 MAX_DAMPENING = 1.0
 
 
