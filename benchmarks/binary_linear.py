@@ -18,13 +18,12 @@ What a turn is, how weights rotate, and which clock and which turns count, is as
 import argparse
 import csv
 import os
-import platform
 import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from sparse_linear import BURST, BUSY, make_sparse, measure, rotated, size
+from sparse_linear import BURST, BUSY, format_row, machine, make_sparse, measure, rotated, size
 from torch import Tensor
 
 from optimum_slim import _kernels as kernels
@@ -130,22 +129,6 @@ def summary(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def format_row(row: dict) -> str:
-    return "| " + " | ".join(str(row[field]) for field in FIELDS) + " |"
-
-
-def machine() -> str:
-    name = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
-    return (
-        f"{name}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}; Python {platform.python_version()}, "
-        f"torch {torch.__version__} ({torch.backends.cpu.get_cpu_capability()}); "
-        f"kernels: {kernels.backend_report()['cpu'].split(' (')[0]}, sparse {sparse_path()}"
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="shorter rounds")
@@ -153,7 +136,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     torch.manual_seed(0)
-    header = machine()
+    path = kernels.backend_report()["cpu"].split(" (")[0]
+    header = machine(f"kernels: {path}, sparse {sparse_path()}")
     head = format_row({field: field for field in FIELDS}) + "\n" + "|---" * len(FIELDS) + "|"
     print(header, head, sep="\n\n")
     seconds = 1.0 if args.quick else 5.0

@@ -139,17 +139,18 @@ def summary(rows: list[dict]) -> str:
 
 
 def format_row(row: dict) -> str:
-    return "| " + " | ".join(str(row[field]) for field in FIELDS) + " |"
+    return "| " + " | ".join(map(str, row.values())) + " |"
 
 
-def machine() -> str:
+def machine(operators: str) -> str:
+    """What was measured where; `operators` names the kernels that answered."""
     name = platform.processor()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
     return (
         f"{name}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}; Python {platform.python_version()}, "
-        f"torch {torch.__version__} ({torch.backends.cpu.get_cpu_capability()}); kernel: C, {sparse_path()}"
+        f"torch {torch.__version__} ({torch.backends.cpu.get_cpu_capability()}); {operators}"
     )
 
 
@@ -160,7 +161,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     torch.manual_seed(0)
-    header = machine()
+    header = machine(f"kernel: C, {sparse_path()}")
     head = format_row({field: field for field in FIELDS}) + "\n" + "|---" * len(FIELDS) + "|"
     print(header, head, sep="\n\n")
     seconds = 0.5 if args.quick else 2.0
