@@ -129,7 +129,7 @@ def train_method(name, load, tokens, ids, options, results, seconds: float) -> N
     note = f"untrained, {time.perf_counter() - begun:.0f} s to make"
     full = measure(results, name, f"{options.windows} windows, untrained", untrained, ids, options.windows, 0, note)
     once = measure(results, name, 0, untrained, ids, CURVE_WINDOWS)
-    settings = {"learning_rate": options.learning_rate[name], "batch_size": options.batch_size, "held_out": 0.05}
+    settings = options.settings[name] | {"held_out": 0.05}
     fixed, each = time_steps(make, load(), tokens, settings)
     model = load()
     layers, every = len(decoder_layers(model)[1]), options.every
@@ -277,8 +277,8 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--rates", type=float, nargs=2, default=(1e-3, 1e-3), help="of ternary and onebit")
+    parser.add_argument("--rates", type=float, nargs=2, default=(4e-3, 1e-3), help="of ternary and onebit")
+    parser.add_argument("--batch-sizes", type=int, nargs=2, default=(2, 1), help="of ternary and onebit")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--dense-steps", type=int, default=600)
     parser.add_argument("--bit-steps", type=int, default=400)
@@ -287,7 +287,9 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="folder of the dense model; by default it is fetched")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args()
-    options.learning_rate = dict(zip(METHODS, options.rates, strict=True))
+    settings = zip(options.rates, options.batch_sizes, strict=True)
+    settings = ({"learning_rate": rate, "batch_size": size} for rate, size in settings)
+    options.settings = dict(zip(METHODS, settings, strict=True))
     results = Results(options.out)
     for part, run in (("blocks", blocks), ("lambda", warmups)):
         if part in options.part:

@@ -36,8 +36,14 @@ typedef struct {
 } Binary;
 
 typedef struct {
+    int32_t word, shift; /* where its bits are: the word of its block of `lanes` words, and the first of its bits */
+    int64_t table;       /* where its tables are, among a token's */
+} Lookup;
+
+typedef struct {
     float *tables, *salient_tables;
-    uint16_t *salient; /* for each word, the lookups with a salient column */
+    Lookup *salient;        /* the lookups with a salient column, in order */
+    int64_t *first_salient; /* for each word (and past the last), the first of these */
     float *totals;     /* for each token and group: sum of x, of the columns that are not salient and of those that are */
     int kinds, salient_kinds;                            /* tables side by side for each lookup */
     int64_t word, salient_word, stride, salient_stride; /* floats of a word's tables, and of a token's */
@@ -166,16 +172,21 @@ static void split_activations(const Binary *p, const float *x, const float *colu
     }
 }
 
-/* Which of the lookups of each word have a salient column. */
-static void find_salient(const Binary *p, int field, uint16_t *out) {
+/* List the lookups with a salient column, for words in blocks of `lanes`. */
+static void find_salient(const Binary *p, int field, int lanes, Inputs *x) {
+    int64_t found = 0;
     for (int64_t word = 0; word < p->words; word++) {
         uint32_t bits = 0;
         const int64_t left = p->bytes - 4 * word;
         memcpy(&bits, p->is_salient + 4 * word, left < 4 ? (size_t)left : 4);
-        out[word] = 0;
-        for (int i = 0; i * field < 32; i++, bits >>= field)
-            if (bits & ((1u << field) - 1)) out[word] |= (uint16_t)(1u << i);
+        x->first_salient[word] = found;
+        for (int i = 0; i * field < 32; i++) {
+            if (!(bits >> i * field & ((1u << field) - 1))) continue;
+            const int64_t table = word * x->salient_word + i * (1 << field);
+            x->salient[found++] = (Lookup){(int32_t)(word % lanes), i * field, table};
+        }
     }
+    x->first_salient[p->words] = found;
 }
 
 static void read_layout(Binary *p, const int64_t *numbers) {
@@ -197,7 +208,7 @@ EXPORT int slim_binary_linear(const void *x, const uint8_t *weight, const uint8_
     read_layout(p, numbers);
     if (p->groups > 1 && p->group_size % 32) isa = PORTABLE;
     const int lanes = isa == ISA_AVX512VNNI ? 16 : 8, field = isa == ISA_AVX2 ? 3 : 4, lookups = isa == ISA_AVX2 ? 11 : 8;
-    const int64_t one = lookups * (field == 3 ? 8 : 16), padded = p->words * 32, units = (p->outs + 15) / 16;
+    const int64_t one = lookups * (field == 3 ? 8 : 16), padded = p->words * 32, units = (p->outs + 31) / 32;
     Inputs inputs = {.kinds = !columns ? 1 : offset ? 3 : 2, .salient_kinds = columns ? 2 : 1};
     Inputs *in = &inputs;
     in->word = isa == PORTABLE ? p->words * one : in->kinds * one, in->stride = in->kinds * p->words * one;
@@ -205,9 +216,10 @@ EXPORT int slim_binary_linear(const void *x, const uint8_t *weight, const uint8_
     if (p->outs * p->columns * tokens < 300000 || threads < 1) threads = 1;
     if (threads > units) threads = (int)(units ? units : 1);
 
-    const int64_t per_token = in->stride + in->salient_stride + 2 * p->groups, own = (7 * p->groups * lanes + 15) / 16 * 16;
+    const int64_t per_token = in->stride + in->salient_stride + 2 * p->groups, own = (14 * p->groups * lanes + 15) / 16 * 16;
     const int64_t floats = 10 * padded + tokens * per_token + threads * own;
-    uint8_t *memory = malloc((size_t)floats * sizeof(float) + (size_t)p->words * sizeof(uint16_t) + 64);
+    const size_t lists = (size_t)(p->words * lookups) * sizeof(Lookup) + (size_t)(p->words + 1) * sizeof(int64_t);
+    uint8_t *memory = malloc((size_t)floats * sizeof(float) + lists + 64);
     if (!memory) return 1;
     float *values = (float *)aligned(memory), *factors = values + padded, *product = factors + 2 * padded;
     uint32_t *mask = (uint32_t *)(product + padded);
@@ -216,9 +228,11 @@ EXPORT int slim_binary_linear(const void *x, const uint8_t *weight, const uint8_
     float *const special[2] = {parts + 3 * padded, parts + 4 * padded};
     in->tables = parts + 5 * padded, in->salient_tables = in->tables + tokens * in->stride;
     float *scratch = in->salient_tables + tokens * in->salient_stride;
-    in->totals = scratch + threads * own, in->salient = (uint16_t *)(in->totals + tokens * 2 * p->groups);
+    in->totals = scratch + threads * own;
+    in->salient = (Lookup *)(in->totals + tokens * 2 * p->groups);
+    in->first_salient = (int64_t *)(in->salient + p->words * lookups);
     memset(parts, 0, (size_t)(5 * padded) * sizeof(float));
-    find_salient(p, field, in->salient);
+    find_salient(p, field, lanes, in);
     make_mask(p, mask);
     if (columns) to_float(isa, p->column_type, columns, 0, 2 * p->columns, factors);
     for (int64_t t = 0; t < tokens; t++) {
@@ -228,7 +242,7 @@ EXPORT int slim_binary_linear(const void *x, const uint8_t *weight, const uint8_
     }
 PARALLEL(omp parallel for num_threads(threads) schedule(static) if (threads > 1))
     for (int thread = 0; thread < threads; thread++) {
-        const int64_t begin = units * thread / threads * 16, stop = units * (thread + 1) / threads * 16;
+        const int64_t begin = units * thread / threads * 32, stop = units * (thread + 1) / threads * 32;
         const int64_t end = stop < p->outs ? stop : p->outs;
 #ifdef HAVE_X86
         if (isa != PORTABLE) {

@@ -1,57 +1,69 @@
 /* A few tokens: included once for each instruction set, after lookup.h. */
 
-/* Sums of LANES rows over a part of a group: of first, second and plain activations by their signs s, by s * s2 and by s2
-   (see Sum), and of the salient ones. */
+/* Sums of two vectors of rows over a part of a group, vector by vector for each kind (see Sum). */
 typedef struct {
-    FLOATS sum[SUMS];
+    FLOATS sum[SUMS][2];
 } NAME(Sums);
 
-/* `with_offset` and `with_columns` are constants where this is inlined. `salient` tells for each word which of its lookups
-   have a salient column. While it works, the next rows are fetched. */
+/* Words [begin, end) of two vectors of rows; `with_offset` and `with_columns` are constants where this is inlined. Word w
+   of vector v is signs[v * LANES + w], and `salient` lists the lookups that have a salient column. While it works, the
+   next rows are fetched. `fresh`: from zero on, not from what the sums are. */
 TARGET __attribute__((always_inline)) static inline void NAME(add_words)(
-    const int with_offset, const int with_columns, const WORDS *signs, const WORDS *seconds, int64_t count,
-    const float *tables, const float *salient_tables, const uint16_t *salient, const uint8_t *next, int64_t bytes,
-    NAME(Sums) *sums) {
+    const int with_offset, const int with_columns, const WORDS *signs, const WORDS *seconds, int64_t begin, int64_t end,
+    const float *tables, const float *salient_tables, const Lookup *salient, const Lookup *salient_end,
+    const uint8_t *next, int64_t bytes, int fresh, NAME(Sums) *sums) {
     const int size = LOOKUPS * PATTERNS, kinds = with_columns ? with_offset ? 3 : 2 : 1;
-    FLOATS sum[SUMS];
-    for (int i = 0; i < SUMS; i++) sum[i] = sums->sum[i];
-    for (int64_t word = 0; word < count; word++, tables += kinds * size, salient_tables += (1 + with_columns) * size) {
-        WORDS first = signs[word], second = seconds[word];
-        _mm_prefetch((const char *)next + 2 * word * bytes, _MM_HINT_T1);
-        _mm_prefetch((const char *)next + (2 * word + 1) * bytes, _MM_HINT_T1);
-        for (unsigned left = salient[word]; left; left &= left - 1) {
-            const int i = __builtin_ctz(left);
-            const FLOATS table = LOAD(salient_tables + i * PATTERNS);
-            const FLOATS other = with_columns ? LOAD(salient_tables + size + i * PATTERNS) : table;
-            sum[SALIENT] = ADD(sum[SALIENT], LOOK_UP(table, SHIFT_BY(first, i * FIELD)));
-            sum[SALIENT_SECOND] = ADD(sum[SALIENT_SECOND], LOOK_UP(other, SHIFT_BY(second, i * FIELD)));
+    const int used[SUMS] = {1, 1, with_columns, with_columns, with_offset, 1, 1};
+    FLOATS sum[SUMS][2];
+    UNROLL for (int i = 0; i < SUMS; i++)
+        UNROLL for (int v = 0; v < 2; v++) sum[i][v] = fresh || !used[i] ? ZERO : sums->sum[i][v];
+    for (; salient < salient_end; salient++) {
+        const float *from = salient_tables + salient->table;
+        const FLOATS table = LOAD(from), other = with_columns ? LOAD(from + size) : table;
+        UNROLL for (int v = 0; v < 2; v++) {
+            const int64_t word = v * LANES + salient->word;
+            const WORDS first = SHIFT_BY(signs[word], salient->shift), second = SHIFT_BY(seconds[word], salient->shift);
+            sum[SALIENT][v] = ADD(sum[SALIENT][v], LOOK_UP(table, first));
+            sum[SALIENT_SECOND][v] = ADD(sum[SALIENT_SECOND][v], LOOK_UP(other, second));
+        }
+    }
+    for (int64_t word = begin; word < end; word++, tables += kinds * size) {
+        WORDS first[2], second[2], both[2];
+        UNROLL for (int v = 0; v < 2; v++) {
+            first[v] = signs[v * LANES + word], second[v] = seconds[v * LANES + word];
+            both[v] = XOR(first[v], second[v]);
+            _mm_prefetch((const char *)next + (2 * v * LANES + 2 * word) * bytes, _MM_HINT_T1);
+            _mm_prefetch((const char *)next + (2 * v * LANES + 2 * word + 1) * bytes, _MM_HINT_T1);
         }
         for (int i = 0; i < LOOKUPS; i++) {
             const FLOATS table = LOAD(tables + i * PATTERNS);
-            const WORDS both = XOR(first, second);
-            sum[SMALL] = ADD(sum[SMALL], LOOK_UP(table, first));
-            sum[SMALL_BOTH] = ADD(sum[SMALL_BOTH], LOOK_UP(table, both));
-            if (with_columns) {
-                const FLOATS other = LOAD(tables + size + i * PATTERNS);
-                sum[LARGE] = ADD(sum[LARGE], LOOK_UP(other, first));
-                sum[LARGE_BOTH] = ADD(sum[LARGE_BOTH], LOOK_UP(other, both));
+            const FLOATS other = with_columns ? LOAD(tables + size + i * PATTERNS) : table;
+            const FLOATS plain = with_offset && with_columns ? LOAD(tables + 2 * size + i * PATTERNS) : table;
+            UNROLL for (int v = 0; v < 2; v++) {
+                sum[SMALL][v] = ADD(sum[SMALL][v], LOOK_UP(table, first[v]));
+                sum[SMALL_BOTH][v] = ADD(sum[SMALL_BOTH][v], LOOK_UP(table, both[v]));
+                if (with_columns) {
+                    sum[LARGE][v] = ADD(sum[LARGE][v], LOOK_UP(other, first[v]));
+                    sum[LARGE_BOTH][v] = ADD(sum[LARGE_BOTH][v], LOOK_UP(other, both[v]));
+                }
+                first[v] = SHIFT(first[v]), both[v] = SHIFT(both[v]);
+                if (!with_offset) continue;
+                sum[PLAIN][v] = ADD(sum[PLAIN][v], LOOK_UP(plain, second[v]));
+                second[v] = SHIFT(second[v]);
             }
-            if (with_offset) {
-                const FLOATS plain = with_columns ? LOAD(tables + 2 * size + i * PATTERNS) : table;
-                sum[PLAIN] = ADD(sum[PLAIN], LOOK_UP(plain, second));
-            }
-            first = SHIFT(first), second = SHIFT(second);
         }
     }
-    for (int i = 0; i < SUMS; i++) sums->sum[i] = sum[i];
+    UNROLL for (int i = 0; i < SUMS; i++)
+        UNROLL for (int v = 0; v < 2; v++) if (used[i]) sums->sum[i][v] = sum[i][v];
 }
 
 #define ADD_WORDS(name, with_offset, with_columns)                                                                     \
-    TARGET static void NAME(name)(const WORDS *signs, const WORDS *seconds, int64_t count, const float *tables,        \
-                                  const float *salient_tables, const uint16_t *salient, const uint8_t *next,           \
-                                  int64_t bytes, NAME(Sums) *sums) {                                                   \
-        NAME(add_words)(with_offset, with_columns, signs, seconds, count, tables, salient_tables, salient, next,       \
-                        bytes, sums);                                                                                  \
+    TARGET static void NAME(name)(const WORDS *signs, const WORDS *seconds, int64_t begin, int64_t end,                \
+                                  const float *tables, const float *salient_tables, const Lookup *salient,             \
+                                  const Lookup *salient_end, const uint8_t *next, int64_t bytes, int fresh,            \
+                                  NAME(Sums) *sums) {                                                                  \
+        NAME(add_words)(with_offset, with_columns, signs, seconds, begin, end, tables, salient_tables, salient,        \
+                        salient_end, next, bytes, fresh, sums);                                                        \
     }
 ADD_WORDS(add_plain, 0, 0)
 ADD_WORDS(add_offset, 1, 0)
@@ -81,63 +93,76 @@ TARGET static void NAME(transpose_rows)(int type, const void *matrix, int64_t ou
                 load_float(type, matrix, (row + lane < outs ? row + lane : outs - 1) * width + column);
 }
 
-/* What the sums of a whole group add to the outputs. */
-TARGET static inline FLOATS NAME(weigh)(const Binary *p, const NAME(Sums) *sums, const float *totals, const float *scale,
-                                        const float *offset, FLOATS y) {
-    const FLOATS *sum = sums->sum, half = SET(0.5f);
-    const FLOATS *large = p->columns_given ? sum + LARGE : sum + SMALL;
-    y = MULTIPLY_ADD(MULTIPLY(half, ADD(sum[SMALL], sum[SMALL_BOTH])), LOAD(scale), y);
-    y = MULTIPLY_ADD(MULTIPLY(half, SUBTRACT(large[0], large[1])), LOAD(scale + LANES), y);
-    y = MULTIPLY_ADD(sum[SALIENT], LOAD(scale + 2 * LANES), y);
-    y = MULTIPLY_ADD(sum[SALIENT_SECOND], LOAD(scale + 3 * LANES), y);
+/* What the sums of a whole group add to the outputs of vector v. */
+TARGET static inline FLOATS NAME(weigh)(const Binary *p, const NAME(Sums) *sums, int v, const float *totals,
+                                        const float *scale, const float *offset, FLOATS y) {
+    const FLOATS half = SET(0.5f), small = sums->sum[SMALL][v], both = sums->sum[SMALL_BOTH][v];
+    const FLOATS large = p->columns_given ? sums->sum[LARGE][v] : small;
+    const FLOATS large_both = p->columns_given ? sums->sum[LARGE_BOTH][v] : both, plain = sums->sum[PLAIN][v];
+    y = MULTIPLY_ADD(MULTIPLY(half, ADD(small, both)), LOAD(scale), y);
+    y = MULTIPLY_ADD(MULTIPLY(half, SUBTRACT(large, large_both)), LOAD(scale + LANES), y);
+    y = MULTIPLY_ADD(sums->sum[SALIENT][v], LOAD(scale + 2 * LANES), y);
+    y = MULTIPLY_ADD(sums->sum[SALIENT_SECOND][v], LOAD(scale + 3 * LANES), y);
     if (!p->offset) return y;
-    y = MULTIPLY_ADD(MULTIPLY(half, ADD(SET(totals[0]), sum[PLAIN])), LOAD(offset), y);
-    y = MULTIPLY_ADD(MULTIPLY(half, SUBTRACT(SET(totals[0]), sum[PLAIN])), LOAD(offset + LANES), y);
+    y = MULTIPLY_ADD(MULTIPLY(half, ADD(SET(totals[0]), plain)), LOAD(offset), y);
+    y = MULTIPLY_ADD(MULTIPLY(half, SUBTRACT(SET(totals[0]), plain)), LOAD(offset + LANES), y);
     return MULTIPLY_ADD(SET(totals[1]), LOAD(offset + 2 * LANES), y);
 }
 
-/* Rows [begin, end), a vector of them at a time; `scratch` holds their scales and offsets. */
+/* Rows [begin, end), two vectors of them at a time; `scratch` holds their scales and offsets. */
 TARGET static void NAME(binary_rows)(const Binary *p, const Inputs *x, int64_t begin, int64_t end, float *scratch) {
-    void (*const add[])(const WORDS *, const WORDS *, int64_t, const float *, const float *, const uint16_t *,
-                        const uint8_t *, int64_t, NAME(Sums) *) = {NAME(add_plain), NAME(add_offset), NAME(add_columns),
+    void (*const add[])(const WORDS *, const WORDS *, int64_t, int64_t, const float *, const float *, const Lookup *,
+                        const Lookup *, const uint8_t *, int64_t, int, NAME(Sums) *) = {NAME(add_plain), NAME(add_offset), NAME(add_columns),
                                                                    NAME(add_both)};
     const int kind = (p->offset ? 1 : 0) + (p->columns_given ? 2 : 0);
     const int64_t group_words = p->groups > 1 ? p->group_size / 32 : p->words, last = p->outs - 1;
-    float *offsets = scratch + 4 * p->groups * LANES;
-    for (int64_t row = begin; row < end; row += LANES) {
-        NAME(Sums) sums[MAX_TOKENS], none;
-        FLOATS y[MAX_TOKENS];
-        for (int i = 0; i < SUMS; i++) none.sum[i] = ZERO;
-        for (int64_t t = 0; t < p->tokens; t++) sums[t] = none, y[t] = ZERO;
-        NAME(transpose_rows)(p->scale_type, p->scale, p->outs, 4 * p->groups, row, scratch);
-        if (p->offset) NAME(transpose_rows)(p->offset_type, p->offset, p->outs, 3 * p->groups, row, offsets);
-        const uint8_t *next = p->weight + (row + LANES) * 2 * p->bytes;
+    const int64_t scale_size = 4 * p->groups * LANES, offset_size = 3 * p->groups * LANES;
+    float *scales = scratch, *offsets = scratch + 2 * scale_size;
+    for (int64_t row = begin; row < end; row += 2 * LANES) {
+        NAME(Sums) sums[MAX_TOKENS];
+        FLOATS y[MAX_TOKENS][2];
+        int fresh = 1;
+        for (int64_t t = 0; t < p->tokens; t++) y[t][0] = y[t][1] = ZERO;
+        for (int v = 0; v < 2; v++) {
+            NAME(transpose_rows)(p->scale_type, p->scale, p->outs, 4 * p->groups, row + v * LANES, scales + v * scale_size);
+            if (!p->offset) continue;
+            NAME(transpose_rows)(p->offset_type, p->offset, p->outs, 3 * p->groups, row + v * LANES, offsets + v * offset_size);
+        }
+        const uint8_t *next = p->weight + (row + 2 * LANES) * 2 * p->bytes;
         int64_t group = 0;
         for (int64_t block = 0; block < p->words; block += LANES) {
-            WORDS signs[LANES], seconds[LANES];
-            NAME(load_words)(p->weight, 2 * p->bytes, row, last, 4 * block, p->bytes - 4 * block, signs);
-            NAME(load_words)(p->weight + p->bytes, 2 * p->bytes, row, last, 4 * block, p->bytes - 4 * block, seconds);
+            WORDS signs[2 * LANES], seconds[2 * LANES];
+            const int64_t left = p->bytes - 4 * block;
+            for (int v = 0; v < 2; v++) {
+                const int64_t from = row + v * LANES;
+                NAME(load_words)(p->weight, 2 * p->bytes, from, last, 4 * block, left, signs + v * LANES);
+                NAME(load_words)(p->weight + p->bytes, 2 * p->bytes, from, last, 4 * block, left, seconds + v * LANES);
+            }
             const int64_t stop = block + LANES < p->words ? block + LANES : p->words;
             for (int64_t word = block; word < stop;) {
                 const int64_t border = (group + 1) * group_words, to = border < stop ? border : stop, i = word - block;
                 const int ends = to == border || to == p->words;
                 for (int64_t t = 0; t < p->tokens; t++) {
-                    add[kind](signs + i, seconds + i, to - word, x->tables + t * x->stride + word * x->word,
-                              x->salient_tables + t * x->salient_stride + word * x->salient_word, x->salient + word,
-                              next + 2 * i * p->bytes + 4 * block, p->bytes, sums + t);
+                    add[kind](signs, seconds, i, to - block, x->tables + t * x->stride + word * x->word,
+                              x->salient_tables + t * x->salient_stride, x->salient + x->first_salient[word],
+                              x->salient + x->first_salient[to], next + 4 * block, p->bytes, fresh, sums + t);
                     if (!ends) continue;
                     const float *totals = x->totals + (t * p->groups + group) * 2;
-                    y[t] = NAME(weigh)(p, sums + t, totals, scratch + 4 * group * LANES, offsets + 3 * group * LANES, y[t]);
-                    sums[t] = none;
+                    for (int v = 0; v < 2; v++) {
+                        const float *scale = scales + v * scale_size + 4 * group * LANES;
+                        const float *offset = offsets + v * offset_size + 3 * group * LANES;
+                        y[t][v] = NAME(weigh)(p, sums + t, v, totals, scale, offset, y[t][v]);
+                    }
                 }
+                fresh = ends;
                 group += ends;
                 word = to;
             }
         }
         for (int64_t t = 0; t < p->tokens; t++) {
-            float all[LANES];
-            STORE(all, y[t]);
-            store_outputs(p, t, row, end - row < LANES ? end - row : LANES, all);
+            float all[2 * LANES];
+            STORE(all, y[t][0]), STORE(all + LANES, y[t][1]);
+            store_outputs(p, t, row, end - row < 2 * LANES ? end - row : 2 * LANES, all);
         }
     }
 }

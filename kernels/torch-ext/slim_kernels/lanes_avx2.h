@@ -41,7 +41,7 @@
 #define MULTIPLY_ADD(a, b, c) _mm256_fmadd_ps(a, b, c)
 #define XOR(a, b) _mm256_xor_si256(a, b)
 #define SHIFT(words) _mm256_srli_epi32(words, FIELD)
-#define SHIFT_BY(words, count) _mm256_srl_epi32(words, _mm_cvtsi32_si128(count))
+#define SHIFT_BY(words, count) _mm256_srlv_epi32(words, _mm256_set1_epi32(count))
 #define LOOK_UP(table, words) _mm256_permutevar8x32_ps(table, words)
 #define LOAD_AS(type, base, index) load8(type, base, index)
 #define TRANSPOSE(words) transpose8(words)
