@@ -21,8 +21,9 @@ Three pieces, for one group after the other:
 `variant="paper"` is just that. The default, `"refined"`, keeps the layout and the objective and searches harder:
 columns of a group are rounded one by one with feedback inside the group too, and afterwards, `rounds` times, all grids
 of a row are solved for jointly and every code is moved to the best of its three values given all others (see
-`optimum_slim/grid.py`). None of these later steps raises the output error. The paper's reordering of columns is left
-out: a permutation would have to be stored and applied with every layer.
+`optimum_slim/grid.py`). None of these later steps raises the output error. Each layer also makes up for part of what
+the layers before it have changed (`asymmetric`). The paper's reordering of columns is left out: a permutation would
+have to be stored and applied with every layer.
 
 Cost: about 2.3 bits a weight (2 for the code, 32 / group_size for scale and offset). Expect large models to take it
 well and small ones badly.
@@ -43,6 +44,7 @@ from ..step import LinearStep, register
 
 
 MAX_DAMPENING = 1.0
+ASYMMETRIC = {"refined": 0.25, "paper": 0.0}
 
 
 @register(
@@ -59,6 +61,8 @@ class PT2LLM(LinearStep):
         iterations (`int`): most ITF iterations.
         dampening (`float`): share of the mean diagonal added to the Gram matrix's; raised tenfold, up to 1, for as
             long as the matrix cannot be factorized.
+        asymmetric (`float`): how far each layer's target moves from its own weights to those that do on the inputs
+            behind the ternary layers what the layer did in the unslimmed model; 0 for the paper, 1 for all the way.
         activation_bits (`8` or `None`): int8 activations per token and group, for which the fast kernels are made, or
             activations left as they are, as in the paper.
         scale_dtype (`str`): `"float16"`, `"bfloat16"` or `"float32"`: how scales and offsets are stored.
@@ -72,6 +76,7 @@ class PT2LLM(LinearStep):
     rounds: int = 2
     iterations: int = 10
     dampening: float = 0.01
+    asymmetric: float | None = None
     activation_bits: int | None = 8
     scale_dtype: str = "float16"
 
@@ -89,6 +94,10 @@ class PT2LLM(LinearStep):
         }.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {known}, found {getattr(self, name)!r}")
+        if self.asymmetric is None:
+            object.__setattr__(self, "asymmetric", ASYMMETRIC[self.variant])
+        if not 0 <= self.asymmetric <= 1:
+            raise ValueError(f"asymmetric must lie in [0, 1], found {self.asymmetric!r}")
 
     def empty(self, linear: nn.Module) -> TernaryLinear:
         out_features, in_features = linear_shape(linear)

@@ -1,12 +1,11 @@
 """The C kernel of binary layers: every instruction set of this machine against the reference."""
 
-import subprocess
-
 import pytest
 import torch
+from sanitized import run_sanitized
 
 from optimum_slim import _kernels as kernels
-from optimum_slim._kernels import binary_cpu, binary_reference, build, cpu
+from optimum_slim._kernels import binary_cpu, binary_reference, cpu
 
 
 LIBRARY, BEST, _ORIGIN = cpu.load_library()
@@ -186,20 +185,6 @@ def test_many_tokens_use_little_scratch(monkeypatch):
 
 
 PROGRAM = r"""
-#include <stdio.h>
-#include "binary.c"
-
-static unsigned next(void) {
-    static unsigned state = 1;
-    return (state = state * 1664525u + 1013904223u) >> 8;
-}
-
-static void *filled(size_t bytes) {
-    uint8_t *memory = malloc(bytes ? bytes : 1);
-    for (size_t i = 0; i < bytes; i++) memory[i] = (uint8_t)next();
-    return memory;
-}
-
 int main(void) {
     static const int64_t shapes[][3] = {{1, 1, 1}, {3, 70, 8}, {5, 64, 32}, {18, 330, 96}, {35, 576, 64}, {9, 99, 99}};
     int runs = 0;
@@ -234,19 +219,6 @@ int main(void) {
 
 @pytest.mark.slow
 def test_nothing_outside_of_the_tensors_is_read(tmp_path):
-    """The kernel under the sanitizers for addresses, shifts and overflows, on random bytes."""
-    compiler = next(build.compilers(), None)
-    if compiler is None or LIBRARY is None:
+    if LIBRARY is None:
         pytest.skip("needs a C compiler")
-    program, source = tmp_path / "sanitized", tmp_path / "main.c"
-    source.write_text(PROGRAM)
-    flags = ["-O1", "-g", "-std=c11", "-fsanitize=address,shift,signed-integer-overflow", "-fno-sanitize-recover=all"]
-    flags += [f"-DBEST={cpu.PATHS.index(BEST)}", "-I", str(build.FOLDER)]
-    command = [compiler, *flags, "-o", str(program), str(source), "-lm"]
-    built = subprocess.run(command, capture_output=True, text=True, check=False)
-    if built.returncode and "sanitize" in built.stderr:
-        pytest.skip("the compiler has no sanitizers")
-    assert built.returncode == 0, built.stderr
-    done = subprocess.run([str(program)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.startswith("done")
+    run_sanitized(tmp_path, "binary.c", PROGRAM, f"-DBEST={cpu.PATHS.index(BEST)}")

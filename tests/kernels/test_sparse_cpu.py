@@ -1,12 +1,11 @@
 """The C kernel of sparse layers: every instruction set of this machine against the reference."""
 
-import subprocess
-
 import pytest
 import torch
+from sanitized import run_sanitized
 
 from optimum_slim import _kernels as kernels
-from optimum_slim._kernels import build, cpu, sparse_cpu, sparse_reference
+from optimum_slim._kernels import cpu, sparse_cpu, sparse_reference
 
 
 LIBRARY, BEST, _ORIGIN = cpu.load_library()
@@ -226,20 +225,6 @@ def test_paths_follow_those_of_the_library():
 
 
 PROGRAM = r"""
-#include <stdio.h>
-#include "sparse.c"
-
-static unsigned next(void) {
-    static unsigned state = 1;
-    return (state = state * 1664525u + 1013904223u) >> 8;
-}
-
-static void *filled(size_t bytes) {
-    uint8_t *memory = malloc(bytes ? bytes : 1);
-    for (size_t i = 0; i < bytes; i++) memory[i] = (uint8_t)next();
-    return memory;
-}
-
 int main(void) {
     static const int64_t shapes[][2] = {{1, 1}, {3, 70}, {5, 64}, {7, 330}, {2, 576}}, sizes[] = {7, 16, 64, 1 << 20};
     int runs = 0;
@@ -280,27 +265,4 @@ int main(void) {
 
 @pytest.mark.slow
 def test_nothing_outside_of_the_tensors_is_read(tmp_path):
-    """The kernel under the sanitizers for addresses, shifts and overflows, on random bytes of every form."""
-    compiler = next(build.compilers(), None)
-    if compiler is None:
-        pytest.skip("needs a C compiler")
-    program = tmp_path / "sanitized"
-    source = tmp_path / "main.c"
-    source.write_text(PROGRAM)
-    flags = [
-        "-O1",
-        "-g",
-        "-std=c11",
-        "-fsanitize=address,shift,signed-integer-overflow",
-        "-fno-sanitize-recover=all",
-        "-I",
-        build.FOLDER,
-    ]
-    command = [compiler, *map(str, flags), "-o", str(program), str(source), "-lm"]
-    built = subprocess.run(command, capture_output=True, text=True, check=False)
-    if built.returncode and "sanitize" in built.stderr:
-        pytest.skip("the compiler has no sanitizers")
-    assert built.returncode == 0, built.stderr
-    done = subprocess.run([str(program)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.startswith("done")
+    run_sanitized(tmp_path, "sparse.c", PROGRAM)

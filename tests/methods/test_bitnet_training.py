@@ -86,7 +86,7 @@ def test_from_pt2llm_training_starts_where_that_ends(fields):
     fields = {"init": "pt2llm", "learning_rate": 1e-12, "block_learning_rate": 1e-12} | fields
     model, _ = trained(**fields)
     expected = tiny_llama()
-    slim(expected, PT2LLM(group_size=32), data=TOKENS)
+    slim(expected, PT2LLM(group_size=32, asymmetric=0.0), data=TOKENS)
     first = "model.layers.0.self_attn.q_proj"
     ours, theirs = model.get_submodule(first), expected.get_submodule(first)
     assert torch.equal(ours.weight, theirs.weight) and torch.equal(ours.weight_offset, theirs.weight_offset)

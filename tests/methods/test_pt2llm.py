@@ -4,10 +4,13 @@ from itertools import pairwise
 
 import pytest
 import torch
+from helpers import tiny_llama, token_ids
 
+from optimum_slim import slim
 from optimum_slim._kernels import dequantize, unpack_ternary
 from optimum_slim.grid import Grid, solve_grids, sweep_codes
 from optimum_slim.methods.pt2llm import PT2LLM, align_grid, feedback, fit_ternary, nearest_codes, prepare
+from optimum_slim.walk import walk
 
 
 GRID = Grid(16, torch.float32)
@@ -287,6 +290,7 @@ def test_constant_and_zero_rows():
         {"rounds": -1},
         {"dampening": 0},
         {"dampening": 2},
+        {"asymmetric": 2},
         {"variant": "best"},
         {"activation_bits": 4},
         {"scale_dtype": "float8"},
@@ -296,3 +300,21 @@ def test_constant_and_zero_rows():
 def test_bad_fields_are_named(fields):
     with pytest.raises(ValueError, match=next(iter(fields))):
         PT2LLM(**fields)
+
+
+def test_only_the_refined_variant_makes_up_for_earlier_layers():
+    assert (PT2LLM().asymmetric, PT2LLM(variant="paper").asymmetric, PT2LLM(asymmetric=0).asymmetric) == (0.25, 0, 0)
+
+
+def test_asymmetric_calibration_comes_closer_to_the_dense_model():
+    tokens, errors = token_ids(24, 32), []
+    dense = [block.inputs[0] for block in walk(wide_llama(), tokens)][3]
+    for strength in (0.0, 0.25):
+        model = wide_llama()
+        slim(model, PT2LLM(group_size=32, asymmetric=strength), data=tokens)
+        errors.append(float(([block.inputs[0] for block in walk(model, tokens)][3] - dense).square().mean()))
+    assert errors[1] < errors[0]
+
+
+def wide_llama():
+    return tiny_llama(num_hidden_layers=4, initializer_range=0.12)

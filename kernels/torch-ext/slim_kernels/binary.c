@@ -216,7 +216,8 @@ EXPORT int slim_binary_linear(const void *x, const uint8_t *weight, const uint8_
     if (p->outs * p->columns * tokens < 300000 || threads < 1) threads = 1;
     if (threads > units) threads = (int)(units ? units : 1);
 
-    const int64_t per_token = in->stride + in->salient_stride + 2 * p->groups, own = (14 * p->groups * lanes + 15) / 16 * 16;
+    const int64_t per_token = in->stride + in->salient_stride + 2 * p->groups;
+    const int64_t own = (14 * p->groups * lanes + 15) / 16 * 16; /* scales and offsets of two vectors of rows */
     const int64_t floats = 10 * padded + tokens * per_token + threads * own;
     const size_t lists = (size_t)(p->words * lookups) * sizeof(Lookup) + (size_t)(p->words + 1) * sizeof(int64_t);
     uint8_t *memory = malloc((size_t)floats * sizeof(float) + lists + 64);

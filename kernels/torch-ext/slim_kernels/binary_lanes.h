@@ -7,7 +7,7 @@ typedef struct {
 
 /* Words [begin, end) of two vectors of rows; `with_offset` and `with_columns` are constants where this is inlined. Word w
    of vector v is signs[v * LANES + w], and `salient` lists the lookups that have a salient column. While it works, the
-   next rows are fetched. `fresh`: from zero on, not from what the sums are. */
+   next rows are fetched. `fresh`: the sums start from zero. */
 TARGET __attribute__((always_inline)) static inline void NAME(add_words)(
     const int with_offset, const int with_columns, const WORDS *signs, const WORDS *seconds, int64_t begin, int64_t end,
     const float *tables, const float *salient_tables, const Lookup *salient, const Lookup *salient_end,
@@ -124,9 +124,10 @@ TARGET static void NAME(binary_rows)(const Binary *p, const Inputs *x, int64_t b
         int fresh = 1;
         for (int64_t t = 0; t < p->tokens; t++) y[t][0] = y[t][1] = ZERO;
         for (int v = 0; v < 2; v++) {
-            NAME(transpose_rows)(p->scale_type, p->scale, p->outs, 4 * p->groups, row + v * LANES, scales + v * scale_size);
+            const int64_t from = row + v * LANES;
+            NAME(transpose_rows)(p->scale_type, p->scale, p->outs, 4 * p->groups, from, scales + v * scale_size);
             if (!p->offset) continue;
-            NAME(transpose_rows)(p->offset_type, p->offset, p->outs, 3 * p->groups, row + v * LANES, offsets + v * offset_size);
+            NAME(transpose_rows)(p->offset_type, p->offset, p->outs, 3 * p->groups, from, offsets + v * offset_size);
         }
         const uint8_t *next = p->weight + (row + 2 * LANES) * 2 * p->bytes;
         int64_t group = 0;

@@ -1,27 +1,6 @@
 /* What lookup.h and the files that use it are written in, for AVX2: 8 rows at a time. */
 
-#undef TARGET
-#undef NAME
-#undef LANES
-#undef LOOKUPS
-#undef PATTERNS
-#undef FIELD
-#undef FLOATS
-#undef WORDS
-#undef ZERO
-#undef SET
-#undef LOAD
-#undef STORE
-#undef ADD
-#undef SUBTRACT
-#undef MULTIPLY
-#undef MULTIPLY_ADD
-#undef XOR
-#undef SHIFT
-#undef SHIFT_BY
-#undef LOOK_UP
-#undef LOAD_AS
-#undef TRANSPOSE
+#include "lanes_none.h"
 
 #define TARGET AVX2
 #define NAME(name) name##_avx2

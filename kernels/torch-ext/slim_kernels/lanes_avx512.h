@@ -7,28 +7,7 @@ AVX512 static inline __m512 load16_as(int type, const void *base, int64_t index)
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
-#undef TARGET
-#undef NAME
-#undef LANES
-#undef LOOKUPS
-#undef PATTERNS
-#undef FIELD
-#undef FLOATS
-#undef WORDS
-#undef ZERO
-#undef SET
-#undef LOAD
-#undef STORE
-#undef ADD
-#undef SUBTRACT
-#undef MULTIPLY
-#undef MULTIPLY_ADD
-#undef XOR
-#undef SHIFT
-#undef SHIFT_BY
-#undef LOOK_UP
-#undef LOAD_AS
-#undef TRANSPOSE
+#include "lanes_none.h"
 
 #define TARGET AVX512
 #define NAME(name) name##_avx512
