@@ -118,8 +118,12 @@ def block_influence(model: nn.Module, input_ids: Tensor, *, batch_size: int = 8)
     """1 - E[cos(x_l, x_{l+1})] of each layer over all tokens (ShortGPT, Eq. 1): fp32 (L,)."""
     total, tokens = None, 0
     for ids in tqdm(input_ids.split(batch_size), desc="block influence", unit="batch", disable=None):
-        states = [x.float() for x in boundaries(model, ids)]
-        kept = [nn.functional.cosine_similarity(a, b, dim=-1).sum() for a, b in pairwise(states)]
-        total = torch.stack(kept).cpu() + (0 if total is None else total)
+        total = cosine_sums(boundaries(model, ids)) + (0 if total is None else total)
         tokens += ids.numel()
     return 1 - total / tokens
+
+
+def cosine_sums(states: Sequence[Tensor]) -> Tensor:
+    """Sum over tokens of the cosine between every two neighbouring boundaries: fp32 (L,), on the CPU."""
+    states = [x.float() for x in states]
+    return torch.stack([nn.functional.cosine_similarity(a, b, dim=-1).sum() for a, b in pairwise(states)]).cpu()

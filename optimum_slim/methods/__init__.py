@@ -7,6 +7,7 @@ from .bitnet_training import BitNetTraining
 from .depth import Depth
 from .heal import Heal
 from .magnitude import Magnitude
+from .minitron import Minitron
 from .onebit import OneBit
 from .pt2llm import PT2LLM
 from .sparsegpt import SparseGPT
@@ -24,6 +25,7 @@ __all__ = [
     "Depth",
     "Heal",
     "Magnitude",
+    "Minitron",
     "OneBit",
     "SparseGPT",
     "Wanda",

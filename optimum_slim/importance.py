@@ -1,0 +1,175 @@
+"""How much each neuron, head, channel and layer matters, from forward passes alone (Minitron, arXiv 2407.14679).
+
+What is looked at, for each unit:
+
+    neurons    what enters the down projection, after activation and gate
+    heads      what enters the output projection, its norm over the positions of the head
+    channels   what leaves the norms of the decoder layers; the scores of all norms are added
+    layers     block influence, 1 - E[cos(what enters, what leaves)]
+
+Activations are first aggregated over the tokens of a sample, then over the samples, each by the mean of magnitudes,
+the L2 norm or the variance. The paper finds L2 over samples of means over tokens best, the default, and its authors'
+code computes just that. Sums are kept in fp32 and add up over processes; neither the order of the samples nor how
+they are cut into batches changes a score beyond rounding.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers.pytorch_utils import Conv1D
+
+from .block import evaluating
+from .distance import boundaries, cosine_sums
+from .walk import decoder_layers
+from .width import Sizes, find_axes
+
+
+AGGREGATES = ("mean", "l2", "variance")
+
+
+@dataclass(frozen=True)
+class Importance:
+    """Scores, fp32, larger for what matters more; an entry is `None` where the model has no such width.
+
+    Args:
+        neurons: (layers, intermediate_size).
+        heads: (layers, num_attention_heads).
+        channels: (hidden_size,).
+        layers: (layers,).
+        energy: (hidden_size,), mean square of each channel of what enters the norms of the decoder layers.
+        aggregate: over samples and over tokens.
+        tokens: how many were looked at.
+    """
+
+    neurons: Tensor | None
+    heads: Tensor | None
+    channels: Tensor | None
+    layers: Tensor
+    energy: Tensor | None
+    aggregate: tuple[str, str]
+    tokens: int
+
+    def save(self, path: str | Path) -> None:
+        """Write the scores as a safetensors file."""
+        names = ("neurons", "heads", "channels", "layers", "energy")
+        tensors = {name: getattr(self, name).contiguous() for name in names if getattr(self, name) is not None}
+        save_file(tensors, path, {"aggregate": json.dumps(self.aggregate), "tokens": str(self.tokens)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Importance:
+        """Read what `save` wrote. Raises a `ValueError` if the file holds something else."""
+        with safe_open(path, "pt") as file:
+            found, about = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        if "aggregate" not in about or "layers" not in found:
+            raise ValueError(f"{path} holds no importance scores; make them with importance(model, tokens).save(path)")
+        tensors = {name: found.get(name) for name in ("neurons", "heads", "channels", "layers", "energy")}
+        return cls(**tensors, aggregate=tuple(json.loads(about["aggregate"])), tokens=int(about["tokens"]))
+
+
+class Aggregate:
+    """Activations (samples, tokens, units) seen in any number of batches, as one score for each unit.
+
+    Args:
+        samples, tokens: how samples and the tokens of one are aggregated: "mean" of magnitudes, "l2" or "variance".
+    """
+
+    def __init__(self, samples: str, tokens: str):
+        for name in (samples, tokens):
+            if name not in AGGREGATES:
+                raise ValueError(f"aggregate must be two of {', '.join(AGGREGATES)}, found {name!r}")
+        self.samples, self.tokens = samples, tokens
+        self.count, self.sum, self.squares = 0, 0.0, 0.0
+
+    def add(self, x: Tensor) -> None:
+        x = x.float()
+        if self.tokens == "mean":
+            each = x.abs().mean(1)
+        else:
+            each = torch.linalg.vector_norm(x, dim=1) if self.tokens == "l2" else x.var(1, unbiased=False)
+        self.count += len(each)
+        self.sum = self.sum + each.abs().sum(0)
+        self.squares = self.squares + each.square().sum(0)
+
+    def score(self) -> Tensor:
+        """(units,)."""
+        if self.samples == "l2":
+            return self.squares.sqrt()
+        mean = self.sum / self.count
+        return mean if self.samples == "mean" else (self.squares / self.count - mean.square()).clamp(min=0)
+
+
+@torch.no_grad()
+def importance(
+    model: nn.Module, tokens: Tensor, *, aggregate: tuple[str, str] = ("l2", "mean"), batch_size: int = 8
+) -> Importance:
+    """Score all widths and layers of `model` in one pass.
+
+    Args:
+        model: A Transformers decoder model, dense; it is not changed.
+        tokens: int64 (samples, length).
+        aggregate: over samples and over tokens: `"mean"`, `"l2"` or `"variance"` each.
+        batch_size: samples per forward pass.
+
+    Raises:
+        ValueError: an unknown aggregate, no tokens, or widths that belong together in this model (see `find_axes`).
+    """
+    if tokens.dim() != 2 or not tokens.numel():
+        raise ValueError(f"tokens must be a non-empty matrix (samples, length), found shape {tuple(tokens.shape)}")
+    watched = watch_points(model)
+    seen = {name: Aggregate(*aggregate) for name in watched}
+    energy, cosines = [], torch.zeros(len(decoder_layers(model)[1]), dtype=torch.float64)
+
+    def look(name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
+        if watched[name] == "channels":
+            energy.append(args[0].float().square().flatten(0, -2).sum(0).cpu())
+        seen[name].add(output if watched[name] == "channels" else args[0])
+
+    hooks = [model.get_submodule(name).register_forward_hook(partial(look, name)) for name in watched]
+    try:
+        with evaluating(model):
+            for batch in tqdm(tokens.split(batch_size), desc="importance", unit="batch", disable=None):
+                cosines += cosine_sums(boundaries(model, batch))
+                energy[:] = [torch.stack(energy).sum(0)] if energy else []
+    finally:
+        for hook in hooks:
+            hook.remove()
+    scores = {
+        axis: [seen[n].score().cpu() for n, of in watched.items() if of == axis] for axis in set(watched.values())
+    }
+    heads = [score.view(Sizes.of(model.config).heads, -1).norm(dim=1) for score in scores.get("heads", ())]
+    return Importance(
+        neurons=torch.stack(scores["neurons"]) if "neurons" in scores else None,
+        heads=torch.stack(heads) if heads else None,
+        channels=torch.stack(scores["channels"]).sum(0) if "channels" in scores else None,
+        layers=(1 - cosines / tokens.numel()).float(),
+        energy=energy[0] / tokens.numel() if energy else None,
+        aggregate=tuple(aggregate),
+        tokens=tokens.numel(),
+    )
+
+
+def watch_points(model: nn.Module) -> dict[str, str]:
+    """Modules of the decoder layers that tell what a width matters, by name: inputs of the down and of the output
+    projection for `"neurons"` and `"heads"`, norms over the residual stream for `"channels"`."""
+    prefix, found = decoder_layers(model)[0], {}
+    for name, axes in find_axes(model).items():
+        module, _, key = name.rpartition(".")
+        if key != "weight" or not name.startswith(f"{prefix}."):
+            continue
+        by_dim = {axis.dim: axis.name for axis in axes}
+        owner = model.get_submodule(module)
+        if model.get_parameter(name).dim() == 1:
+            if by_dim == {0: "channels"}:
+                found[module] = "channels"
+        elif by_dim.get(0 if isinstance(owner, Conv1D) else 1) in ("neurons", "heads"):
+            found[module] = by_dim[0 if isinstance(owner, Conv1D) else 1]
+    return found

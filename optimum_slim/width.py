@@ -1,0 +1,402 @@
+"""Making a model narrower: fewer neurons, attention heads and hidden channels, with its config kept in step.
+
+Every layer gets the same widths, so that what is left is an ordinary model of its class with a smaller config. What
+belongs to which width:
+
+    neurons    of the feed-forward layers: rows of gate and up, columns of down
+    heads      query heads within each group of one key-value head: rows of q, columns of o
+    groups     key-value heads, with all their query heads: rows of k and v as well
+    channels   the residual stream: columns of embeddings, head, q, k, v, gate, up; rows of o, down; every norm over it
+
+None of that is written down for any architecture. `find_axes` builds the model, without weights, from its config and
+from its config with one width doubled: a dimension that changes belongs to that width. `narrow` takes the kept
+positions out of these dimensions and, before it changes anything, compares the result with the model that the new
+config describes. A width that the config cannot express (heads that are hidden_size / head_dim, a scale computed from
+the width) is refused with the name of what differs.
+"""
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .layer_settings import text_config
+from .memory import shared_copy
+from .packed import PackedLinear
+from .surgery import _attributes, _skeleton
+from .walk import decoder_layers, walk
+
+
+AXES = ("channels", "neurons", "heads", "groups")
+NEURONS = ("intermediate_size", "ffn_dim", "n_inner")
+HALVES = ("gate_up_proj", "gate_and_up_proj")  # two matrices of neurons, one behind the other
+EPSILONS = ("rms_norm_eps", "norm_eps", "norm_epsilon")
+EPSILON_ATTRIBUTES = ("variance_epsilon", "eps", "epsilon")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The widths of a model, by the names of its config: hidden_size, intermediate_size, heads and their size."""
+
+    channels: int
+    neurons: int
+    heads: int
+    groups: int
+    head_dim: int
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig) -> "Sizes":
+        text = text_config(config)
+        channels, heads = text.hidden_size, text.num_attention_heads
+        neurons = next((getattr(text, name) for name in NEURONS if getattr(text, name, None)), 4 * channels)
+        groups = getattr(text, "num_key_value_heads", None) or heads
+        return cls(channels, neurons, heads, groups, getattr(text, "head_dim", None) or channels // heads)
+
+
+def resized(config: PreTrainedConfig, sizes: Sizes) -> PreTrainedConfig:
+    """A copy of `config` with these widths, head_dim and the number of neurons written out."""
+    cut, old = copy.deepcopy(config), Sizes.of(config)
+    text = text_config(cut)
+    neurons = [name for name in NEURONS if hasattr(text, name)]
+    if getattr(text, "word_embed_proj_dim", None) == old.channels:
+        text.word_embed_proj_dim = sizes.channels
+    text.head_dim = sizes.head_dim
+    if neurons:
+        setattr(text, neurons[0], sizes.neurons)
+    if hasattr(text, "num_key_value_heads"):
+        text.num_key_value_heads = sizes.groups
+    text.hidden_size, text.num_attention_heads = sizes.channels, sizes.heads
+    return cut
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One dimension of a parameter that is a width: `size` positions for each of its `count` members."""
+
+    name: str
+    dim: int
+    size: int
+    count: int
+
+
+def find_axes(model: PreTrainedModel) -> dict[str, tuple[Axis, ...]]:
+    """For each parameter of `model`, the dimensions that are widths.
+
+    Raises:
+        ValueError: the config cannot express a width by itself, or a dimension belongs to two of them.
+    """
+    sizes = Sizes.of(model.config)
+    whole = _shapes(_built(model, model.config, "its own config"))
+    found: dict[str, tuple[Axis, ...]] = {}
+    for axis in AXES:
+        doubled = {axis: 2 * getattr(sizes, axis)} | ({"heads": 2 * sizes.heads} if axis == "groups" else {})
+        wide = _shapes(_built(model, resized(model.config, Sizes(**(vars(sizes) | doubled))), axis))
+        for name, shape in whole.items():
+            for dim, (before, after) in enumerate(zip(shape, wide[name], strict=True)):
+                known = {entry.dim: entry.name for entry in found.get(name, ())}
+                if before == after or (axis == "groups" and known.get(dim) == "heads"):
+                    continue
+                if dim in known:
+                    raise ValueError(
+                        f"{type(model).__name__} cannot be made narrower: dimension {dim} of {name} follows both its "
+                        f"{known[dim]} and its {axis}"
+                    )
+                count = getattr(sizes, axis)
+                found[name] = (*found.get(name, ()), Axis(axis, dim, before, count))
+    return found
+
+
+def narrow(
+    model: PreTrainedModel,
+    *,
+    channels: Tensor | None = None,
+    neurons: Sequence[Tensor] | None = None,
+    heads: Sequence[Tensor] | None = None,
+    groups: Sequence[Tensor] | None = None,
+    correction: float | None = None,
+) -> None:
+    """Keep only some neurons, heads and channels of `model`, in place, in the order given.
+
+    Weights become new tensors, so that whoever else holds the old ones keeps them; tied ones stay tied.
+
+    Args:
+        model: A Transformers decoder model, dense.
+        channels: int64, the hidden channels that stay.
+        neurons: for each layer, the neurons that stay, equally many everywhere.
+        heads: for each layer, the query heads that stay: equally many of each kept group, group after group.
+        groups: for each layer, the key-value heads that stay. Needs `heads`.
+        correction: kept share r of the residual stream's energy, in (0, 1]: weights of RMS norms are multiplied by
+            sqrt(r d / d'), since they divide by a mean over d' channels instead of d, and their epsilon by d / d' if
+            the config has one for them alone. Taking away channels that are 0 (r = 1) then changes nothing. `None`
+            leaves the norms as they are, as Minitron's authors do.
+
+    Raises:
+        ValueError: unequal numbers, indices out of range, layers that are not dense, or a config that cannot express
+            the widths. The model is unchanged then.
+    """
+    old, count = Sizes.of(model.config), len(decoder_layers(model)[1])
+    _check_dense(model)
+    kept = _checked(old, count, channels, neurons, heads, groups)
+    new = Sizes(**(vars(old) | {axis: len(index if axis == "channels" else index[0]) for axis, index in kept.items()}))
+    config, axes = resized(model.config, new), find_axes(model)
+    for axis in kept.keys() - {"groups"}:
+        _check_separate(model, axis, axes)
+    if kept.keys() - {"channels"} and model.device.type != "meta":
+        _check_layout(model, axes, old)
+    before = _built(model, model.config, "its own config")
+    if correction is not None and channels is not None:
+        _correct_epsilon(config, before, axes, old.channels / new.channels)
+    after = _built(model, config, "the new widths")
+    wanted = _shapes(after)
+    changes = _attribute_changes(model, before, after)
+    tensors = {}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if id(parameter) in tensors:
+                continue
+            value = parameter.detach()
+            for axis in axes.get(name, ()):
+                value = _take(value, name, axis, kept, old, decoder_layers(model)[0])
+            if tuple(value.shape) != wanted[name]:
+                raise ValueError(
+                    f"{type(model).__name__} cannot get these widths: its config would then give {name} the shape "
+                    f"{wanted[name]} instead of {tuple(value.shape)}"
+                )
+            same = value is parameter or value.data_ptr() == parameter.data_ptr()
+            tensors[id(parameter)] = parameter if same else nn.Parameter(value, parameter.requires_grad)
+        if correction is not None and channels is not None:
+            _correct(model, axes, tensors, correction * old.channels / new.channels)
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[key] = tensors[id(parameter)]
+    for path, values in changes.items():
+        for key, value in values.items():
+            setattr(model.get_submodule(path), key, value)
+    _update_configs(model, config)
+
+
+def _checked(old: Sizes, layers: int, channels, neurons, heads, groups) -> dict[str, Any]:
+    """The given indices by axis, checked."""
+    if groups is not None and heads is None:
+        raise ValueError("groups takes query heads away as well; pass heads, those that stay in the kept groups")
+    given = {"channels": channels, "neurons": neurons, "heads": heads, "groups": groups}
+    kept = {axis: index for axis, index in given.items() if index is not None}
+    for axis, index in kept.items():
+        each = [index] if axis == "channels" else list(index)
+        if axis != "channels" and len(each) != layers:
+            raise ValueError(f"{axis} must have one entry for each of {layers} layers, found {len(each)}")
+        for one in each:
+            if len(one) != len(each[0]) or not len(one):
+                raise ValueError(f"{axis} must be equally many in every layer, at least one")
+            if one.min() < 0 or one.max() >= getattr(old, axis) or len(one.unique()) < len(one):
+                raise ValueError(f"{axis} must be different numbers from 0 to {getattr(old, axis) - 1}")
+    of_group = old.heads // old.groups
+    for layer, query in enumerate(heads or ()):
+        stay = groups[layer] if groups is not None else torch.arange(old.groups)
+        if len(query) % len(stay) or not torch.equal(
+            (query // of_group).cpu(), stay.cpu().repeat_interleave(len(query) // len(stay))
+        ):
+            raise ValueError(
+                f"heads of layer {layer} must be equally many of each kept group, group after group; found "
+                f"{query.tolist()} with {of_group} heads in a group"
+            )
+    return kept
+
+
+def _check_separate(model: nn.Module, axis: str, axes: dict[str, tuple[Axis, ...]]) -> None:
+    """Raise a `ValueError` unless this width can change while the others stay."""
+    named = {name: [entry.dim for entry in found if entry.name == axis] for name, found in axes.items()}
+    square = [name for name, dims in named.items() if len(dims) > 1]
+    if square or not any(named.values()):
+        what = f"both dimensions of {square[0]} follow them" if square else "no weight follows them alone"
+        raise ValueError(
+            f"{type(model).__name__} cannot be made narrower by its {axis}: {what}, because its head_dim is "
+            "hidden_size / num_attention_heads and has no place in the config"
+        )
+
+
+def _check_layout(model: PreTrainedModel, axes: dict[str, tuple[Axis, ...]], old: Sizes) -> None:
+    """Raise a `ValueError` unless the first decoder layer does the same with its neurons and heads in another order.
+
+    How the parts of a fused matrix lie behind or between one another cannot be seen from shapes.
+    """
+    name, stack = decoder_layers(model)
+    draw = torch.Generator().manual_seed(0)
+    groups = torch.randperm(old.groups, generator=draw)
+    each = old.heads // old.groups
+    heads = torch.cat([group * each + torch.randperm(each, generator=draw) for group in groups])
+    neurons = torch.randperm(old.neurons, generator=draw)
+    shuffled = {"neurons": [neurons], "heads": [heads], "groups": [groups]}
+    block = next(walk(model, torch.arange(8)[None]))
+    expected, layer = next(block.outputs()).float(), stack[0]
+    stack[0] = shared_copy(layer)
+    try:
+        for path, module in stack[0].named_modules():
+            for key, parameter in module._parameters.items():
+                full = f"{name}.0.{path}.{key}" if path else f"{name}.0.{key}"
+                value = parameter
+                for axis in axes.get(full, ()):
+                    value = _take(value, full, axis, shuffled, old, name) if parameter is not None else None
+                if value is not None:
+                    module._parameters[key] = nn.Parameter(value.detach(), False)
+        found = next(block.outputs()).float()
+    finally:
+        stack[0] = layer
+    change = (found - expected).norm() / (expected - block.inputs[0].float()).norm().clamp(min=1e-30)
+    if not change < 0.05:
+        raise ValueError(
+            f"{type(model).__name__} cannot be made narrower: with its neurons and heads in another order its first "
+            "decoder layer does something else, so how they lie in its weights is not known"
+        )
+
+
+def _check_dense(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLinear) or hasattr(module, "base_layer") or hasattr(module, "quant_state"):
+            raise ValueError(f"{name} is packed, quantized or adapted; make the model narrower first")
+
+
+def _take(value: Tensor, name: str, axis: Axis, kept: dict[str, Any], old: Sizes, stack: str) -> Tensor:
+    """The kept positions of one dimension."""
+    if axis.name not in kept and not (axis.name == "heads" and "groups" in kept):
+        return value
+    if axis.name == "channels":
+        return value.index_select(axis.dim, _spread(kept["channels"], 1, axis, name).to(value.device))
+    if not name.startswith(f"{stack}."):
+        raise ValueError(f"{name} lies outside the decoder layers and follows their {axis.name}")
+    layer = int(name.removeprefix(f"{stack}.").partition(".")[0])
+    if axis.name == "neurons":
+        index = kept["neurons"][layer]
+        if axis.size == 2 * axis.count and any(half in name for half in HALVES):
+            index = torch.cat([index, index + axis.count])
+        else:
+            index = _spread(index, 1, axis, name)
+        return value.index_select(axis.dim, index.to(value.device))
+    query = kept["heads"][layer]
+    groups = kept["groups"][layer] if "groups" in kept else torch.arange(old.groups)
+    positions = _heads(query, groups, axis, old, name)
+    return value.index_select(axis.dim, positions.to(value.device))
+
+
+def _spread(index: Tensor, unit: int, axis: Axis, name: str) -> Tensor:
+    """Positions of members of `unit` neighbours each."""
+    if axis.size != unit * axis.count:
+        raise ValueError(
+            f"{name} has {axis.size} positions for {axis.count} {axis.name}, and how they lie is not known"
+        )
+    return (index[:, None] * unit + torch.arange(unit, device=index.device)).flatten()
+
+
+def _heads(query: Tensor, groups: Tensor, axis: Axis, old: Sizes, name: str) -> Tensor:
+    """Positions of heads: query heads, key-value heads, or q, k and v behind one another."""
+    size = old.head_dim
+    q, kv = old.heads * size, old.groups * size
+
+    def spread(index: Tensor, unit: int) -> Tensor:
+        return (index[:, None] * unit + torch.arange(unit, device=index.device)).flatten()
+
+    if axis.size == (q if axis.name == "heads" else kv):
+        return spread(query if axis.name == "heads" else groups, size)
+    if axis.size == q + 2 * kv and "qkv" in name:
+        keys = spread(groups, size)
+        return torch.cat([spread(query, size), q + keys, q + kv + keys])
+    if axis.size == axis.count:  # a number for each head
+        return query if axis.name == "heads" else groups
+    raise ValueError(f"{name} has {axis.size} positions for {axis.count} {axis.name}, and how they lie is not known")
+
+
+def _correct(model: nn.Module, axes: dict, tensors: dict[int, nn.Parameter], ratio: float) -> None:
+    """Multiply the weights of RMS norms over the channels by sqrt(ratio)."""
+    for path, module in model.named_modules():
+        if not is_norm_of_channels(path, module, axes):
+            continue
+        weight = module.weight
+        if "rms" not in type(module).__name__.lower():
+            raise ValueError(
+                f"{path} is a {type(module).__name__}, which subtracts a mean: no factor makes up for its missing "
+                "channels; pass correction=None"
+            )
+        offset = _added_one(module)
+        scaled = (tensors[id(weight)].data.float() + offset) * math.sqrt(ratio) - offset
+        tensors[id(weight)] = nn.Parameter(scaled.to(weight.dtype), weight.requires_grad)
+
+
+def is_norm_of_channels(path: str, module: nn.Module, axes: dict[str, tuple[Axis, ...]]) -> bool:
+    """Whether the module has one weight for each hidden channel."""
+    weight, over = module._parameters.get("weight"), axes.get(f"{path}.weight", ())
+    return weight is not None and weight.dim() == 1 and [axis.name for axis in over] == ["channels"]
+
+
+def _correct_epsilon(config: PreTrainedConfig, before: nn.Module, axes: dict, ratio: float) -> None:
+    """Multiply the epsilon of the norms over the channels, if no other norm shares its place in the config."""
+    text = text_config(config)
+    for field in EPSILONS:
+        value = vars(text).get(field)
+        using = [
+            is_norm_of_channels(path, module, axes)
+            for path, module in before.named_modules()
+            if any(vars(module).get(key) == value for key in EPSILON_ATTRIBUTES)
+        ]
+        if value and using and all(using):
+            setattr(text, field, value * ratio)
+
+
+def _added_one(norm: nn.Module) -> float:
+    """1 for norms that multiply by 1 + weight (Gemma), else 0."""
+    probe = copy.deepcopy(norm)
+    probe.weight = nn.Parameter(torch.zeros_like(norm.weight))
+    return float(probe(torch.ones_like(norm.weight)[None]).abs().max() > 0)
+
+
+def _built(model: PreTrainedModel, config: PreTrainedConfig, what: str) -> PreTrainedModel:
+    try:
+        return _skeleton(type(model), config)
+    except (ValueError, IndexError, KeyError, TypeError, RuntimeError, ZeroDivisionError) as error:
+        raise ValueError(f"{type(model).__name__} cannot be built with {what} changed: {error}") from error
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+def _attribute_changes(model: nn.Module, before: nn.Module, after: nn.Module) -> dict[str, dict[str, Any]]:
+    """What the new config changes in the modules' own attributes: numbers of something, and nothing else."""
+    changes: dict[str, dict[str, Any]] = {}
+    narrowed = dict(after.named_modules())
+    for path, module in before.named_modules():
+        old, new = _attributes(module), _attributes(narrowed[path])
+        for key in old:
+            if old[key] == new.get(key):
+                continue
+            sizes = new[key] if isinstance(new[key], list | tuple) else [new[key]]
+            if key not in EPSILON_ATTRIBUTES and not all(type(size) is int for size in sizes):
+                raise ValueError(
+                    f"{type(model).__name__} cannot get these widths: its config would then give {path}.{key} the "
+                    f"value {new[key]!r} instead of {old[key]!r}"
+                )
+            changes.setdefault(path, {})[key] = new[key]
+        buffers = [dict(part.named_buffers(recurse=False)) for part in (module, narrowed[path])]
+        for key, buffer in buffers[0].items():
+            if buffer.shape != buffers[1][key].shape:
+                raise ValueError(
+                    f"{type(model).__name__} cannot get these widths: its buffer {path}.{key} would change shape"
+                )
+    return changes
+
+
+def _update_configs(model: PreTrainedModel, config: PreTrainedConfig) -> None:
+    """Give all config objects of `model` that describe its decoder the new values."""
+    text, new = text_config(model.config), vars(text_config(config))
+    old = dict(vars(text))
+    settings = {key: value for key, value in new.items() if old.get(key) != value}
+    configs = [text, *(getattr(module, "config", None) for module in model.modules())]
+    for found in {id(c): c for c in configs if type(c) is type(text)}.values():
+        for key, value in settings.items():
+            if found is text or vars(found).get(key) == old.get(key):
+                vars(found)[key] = value

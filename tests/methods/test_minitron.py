@@ -1,0 +1,153 @@
+"""Minitron: what is least important goes, exactly where it is dead, and the result is an ordinary checkpoint."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import tiny_llama, token_ids
+from transformers import AutoModelForCausalLM
+
+from optimum_slim import PT2LLM, Heal, Minitron, SlimConfig, slim
+from optimum_slim.methods.minitron import kept_widths
+from optimum_slim.width import Sizes
+
+
+TOKENS = token_ids(8, 16)
+SIZES = {"hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1}
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+def test_the_model_gets_the_sizes_asked_for_and_the_report_says_so():
+    model = tiny_llama()
+    report = slim(model, Minitron(**SIZES), data=TOKENS)
+    assert {name: getattr(model.config, name) for name in SIZES} == SIZES
+    assert model.config.num_key_value_heads == 2 and model.config.head_dim == 16
+    h, i, v = 48, 64, 128
+    attention, mlp = h * 16 * (2 + 2 + 2) + 16 * 2 * h, 3 * h * i
+    assert model.num_parameters() == 2 * v * h + h + 2 * h + attention + mlp
+    notes = " ".join(report.notes)
+    assert "hidden_size 64 to 48" in notes and "dropped layers" in notes and "energy" in notes
+    assert model.config.slim[0]["step"] == "minitron"
+
+
+def test_dead_neurons_and_heads_go_first_and_nothing_changes():
+    model = tiny_llama()
+    for layer in model.model.layers:
+        layer.mlp.up_proj.weight.data[10:42] = 0
+        for head in (0, 3):  # one of each group: nothing of it is ever seen if its values are 0
+            layer.self_attn.o_proj.weight.data.view(64, 4, 16)[:, head] = 0
+    expected = logits(model)
+    slim(model, Minitron(intermediate_size=64), data=TOKENS)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
+    assert model.config.intermediate_size == 64
+
+
+def test_every_group_keeps_as_many_heads():
+    old, layers = Sizes(64, 96, 8, 2, 8), 2
+
+    class Scores:
+        heads = torch.tensor([[8.0, 7, 6, 5, 4, 3, 2, 1], [1, 8, 2, 7, 3, 6, 4, 5]])
+
+    kept = kept_widths(old, Sizes(64, 96, 4, 2, 8), layers, Scores())
+    assert [k.tolist() for k in kept["heads"]] == [[0, 1, 4, 5], [1, 3, 5, 7]] and "groups" not in kept
+    kept = kept_widths(old, Sizes(64, 96, 2, 1, 8), layers, Scores())
+    assert [k.tolist() for k in kept["groups"]] == [[0], [0]]
+    assert [k.tolist() for k in kept["heads"]] == [[0, 1], [1, 3]]
+
+
+def test_the_corrected_norms_come_closer():
+    errors = []
+    for correction in (False, True):
+        model = tiny_llama(initializer_range=0.2)
+        expected = logits(model)
+        model.model.embed_tokens.weight.data[:, 48:] *= 0.01  # channels that carry little
+        slim(model, Minitron(hidden_size=48, norm_correction=correction), data=TOKENS)
+        errors.append(float((logits(model) - expected).norm()))
+    assert errors[1] < errors[0]
+
+
+def test_the_layer_that_does_nothing_goes():
+    model = tiny_llama(num_hidden_layers=3)
+    model.model.layers[1].self_attn.o_proj.weight.data.zero_()
+    model.model.layers[1].mlp.down_proj.weight.data.zero_()
+    expected = logits(model)
+    report = slim(model, Minitron(num_hidden_layers=2), data=TOKENS)
+    assert torch.equal(logits(model), expected) and "dropped layers 1 " in " ".join(report.notes)
+
+
+def test_multi_head_attention_takes_keys_and_values_along():
+    model = tiny_llama(num_key_value_heads=4)
+    slim(model, Minitron(num_attention_heads=2), data=TOKENS)
+    assert (model.config.num_attention_heads, model.config.num_key_value_heads) == (2, 2)
+    assert model.model.layers[0].self_attn.k_proj.weight.shape == (32, 64)
+
+
+@pytest.mark.slow
+def test_a_fresh_process_without_this_package_loads_the_result(tmp_path):
+    model = tiny_llama()
+    slim(model, [Minitron(**SIZES), Heal(method="full", steps=2, batch_size=2)], data=TOKENS)
+    model.save_pretrained(tmp_path)
+    torch.save(logits(model), tmp_path / "logits.pt")
+    code = f"""
+import sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})
+torch.manual_seed(0)
+tokens = torch.randint(0, 128, (8, 16), generator=torch.Generator().manual_seed(0))
+assert torch.equal(model(tokens).logits, torch.load({str(tmp_path / "logits.pt")!r}))
+assert "optimum_slim" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_packed_afterwards_it_reloads(tmp_path):
+    model = tiny_llama()
+    slim(model, [Minitron(hidden_size=48, intermediate_size=64), PT2LLM(group_size=16)], data=TOKENS)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
+
+
+def test_in_from_pretrained(tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
+    config = SlimConfig(Minitron(**SIZES), calibration=TOKENS)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+    assert model.config.hidden_size == 48 and getattr(model.config, "quantization_config", None) is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "what to make smaller"),
+        ({"hidden_size": 0}, "hidden_size"),
+        ({"hidden_size": 48, "aggregate": ("max", "mean")}, "aggregate"),
+        ({"hidden_size": 48, "batch_size": 0}, "batch_size"),
+    ],
+    ids=str,
+)
+def test_bad_fields_are_named(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Minitron(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hidden_size": 65}, "hidden_size=65 is more than the 64"),
+        ({"num_hidden_layers": 3}, "num_hidden_layers=3"),
+        ({"num_attention_heads": 3}, "shared evenly"),
+        ({"num_key_value_heads": 1}, "at most 2 each"),
+        ({"hidden_size": 64}, "change nothing"),
+    ],
+    ids=str,
+)
+def test_sizes_that_do_not_fit_are_refused_and_nothing_changes(fields, message):
+    model = tiny_llama()
+    expected = logits(model)
+    with pytest.raises(ValueError, match=message):
+        slim(model, Minitron(**fields), data=TOKENS)
+    assert torch.equal(logits(model), expected)
