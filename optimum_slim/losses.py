@@ -8,7 +8,8 @@
 
       loss = kl_weight * T² * KL(p || q) + (1 - kl_weight) * next-token + hidden_weight * hidden
 
-  as in Hinton et al. (https://arxiv.org/abs/1503.02531). The hidden term is the idea in a footnote of Gromov et al.
+  as in Hinton et al. (https://arxiv.org/abs/1503.02531); `divergence="reverse"` is KL(q || p) instead, which Minitron
+  (https://arxiv.org/abs/2407.14679) finds a little worse. The hidden term is the idea in a footnote of Gromov et al.
   (https://arxiv.org/abs/2403.17887): where layers were removed, the student's residual stream should equal the
   teacher's behind those layers. Here it is relative and counted per token, mean over tokens of
   ||teacher - student||² / ||teacher||², so that it has no unit, weighs the same in every model, and is not ruled by
@@ -33,6 +34,7 @@ from .block import evaluating
 from .walk import decoder_layers
 
 
+DIVERGENCES = ("forward", "reverse")
 ROWS = 128  # rows of logits turned into fp32 together
 
 
@@ -60,6 +62,7 @@ class Distillation:
         teacher (`PreTrainedModel`): a causal language model with the student's vocabulary.
         temperature (`float`): divides both models' logits in the Kullback-Leibler term. Default: 1.
         kl_weight (`float`): share of that term in [0, 1]; the rest goes to the next-token loss. Default: 1.
+        divergence (`str`): `"forward"`, KL(teacher || student), or `"reverse"`.
         hidden_weight (`float`): weight of the hidden term. Default: 0, which leaves it out.
         seams: pairs `(student_layer, teacher_layer)`, 0-based: the outputs of these decoder layers are compared. If
             teacher layers a to b were removed, the seam is `(a - 1, b)`.
@@ -72,6 +75,7 @@ class Distillation:
     teacher: nn.Module
     temperature: float = 1.0
     kl_weight: float = 1.0
+    divergence: str = "forward"
     hidden_weight: float = 0.0
     seams: Sequence[tuple[int, int]] = ()
 
@@ -81,6 +85,7 @@ class Distillation:
             raise ValueError(
                 f"temperature must be positive, found {self.temperature}; 1 leaves the logits as they are"
             )
+        check_divergence(self.divergence)
         if not 0 <= self.kl_weight <= 1:
             raise ValueError(f"kl_weight must be between 0 and 1, found {self.kl_weight}")
         if not self.hidden_weight >= 0:
@@ -103,7 +108,8 @@ class Distillation:
         with _outputs(model, [ours for ours, _ in seams], "student") as learned:
             logits = model(input_ids=input_ids, use_cache=False).logits
         target = target.to(logits.device) if self.kl_weight else None
-        loss = token_loss(logits, input_ids, target, temperature=self.temperature, kl_weight=self.kl_weight)
+        settings = {"temperature": self.temperature, "kl_weight": self.kl_weight, "divergence": self.divergence}
+        loss = token_loss(logits, input_ids, target, **settings)
         if not seams:
             return loss
         distances = [_distance(learned[ours], taught[theirs]).to(loss.device) for ours, theirs in seams]
@@ -117,6 +123,7 @@ def token_loss(
     *,
     temperature: float = 1.0,
     kl_weight: float = 1.0,
+    divergence: str = "forward",
 ) -> Tensor:
     """Next-token loss, or its mixture with the divergence from a teacher, a few rows of logits at a time.
 
@@ -126,7 +133,7 @@ def token_loss(
         logits: (batch, length, vocabulary), any floating dtype.
         input_ids: int64 (batch, length); token t + 1 is the label of position t, and the last position has none.
         teacher_logits: like `logits`; `None` gives the plain next-token loss.
-        temperature, kl_weight: as in `Distillation`.
+        temperature, kl_weight, divergence: as in `Distillation`.
 
     Returns:
         fp32 scalar, a mean over batch * (length - 1) positions.
@@ -143,12 +150,20 @@ def token_loss(
             f"teacher and student give logits of different shapes, {tuple(teacher_logits.shape)} and "
             f"{tuple(logits.shape)}; distillation needs two models with the same vocabulary"
         )
-    return _TokenLoss.apply(logits, input_ids.to(logits.device), teacher_logits, temperature, kl_weight)
+    check_divergence(divergence)
+    settings = (temperature, kl_weight, divergence == "reverse")
+    return _TokenLoss.apply(logits, input_ids.to(logits.device), teacher_logits, settings)
+
+
+def check_divergence(name: str) -> None:
+    """Raise a `ValueError` unless it is one of `DIVERGENCES`."""
+    if name not in DIVERGENCES:
+        raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}, found {name!r}")
 
 
 class _TokenLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, input_ids: Tensor, teacher: Tensor | None, temperature, kl_weight) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, input_ids: Tensor, teacher: Tensor | None, settings: tuple) -> Tensor:
         batch, length, _ = logits.shape
         gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), dtype=torch.float32, device=logits.device)
@@ -157,7 +172,7 @@ class _TokenLoss(torch.autograd.Function):
                 rows = slice(first, min(first + ROWS, length - 1))
                 labels = input_ids[sample, rows.start + 1 : rows.stop + 1]
                 target = None if teacher is None else teacher[sample, rows].float()
-                value, slope = _rows(logits[sample, rows].float(), labels, target, temperature, kl_weight)
+                value, slope = _rows(logits[sample, rows].float(), labels, target, *settings)
                 total += value
                 if gradient is not None:
                     gradient[sample, rows] = slope.to(gradient.dtype)
@@ -172,10 +187,12 @@ class _TokenLoss(torch.autograd.Function):
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is None:
             raise RuntimeError("token_loss can be differentiated only once; compute the loss again")
-        return gradient.mul_(upstream / ctx.count), None, None, None, None
+        return gradient.mul_(upstream / ctx.count), None, None, None
 
 
-def _rows(logits: Tensor, labels: Tensor, target: Tensor | None, temperature, kl_weight) -> tuple[Tensor, Tensor]:
+def _rows(
+    logits: Tensor, labels: Tensor, target: Tensor | None, temperature: float, kl_weight: float, reverse: bool
+) -> tuple[Tensor, Tensor]:
     """Summed loss of fp32 rows (n, vocabulary) and its gradient with respect to them."""
     value, slope = logits.new_zeros(()), None
     if kl_weight < 1:
@@ -186,9 +203,17 @@ def _rows(logits: Tensor, labels: Tensor, target: Tensor | None, temperature, kl
     if kl_weight > 0:
         log_p = (target / temperature).log_softmax(-1)
         log_q = (logits / temperature).log_softmax(-1)
-        p = log_p.exp()
-        value = value + kl_weight * temperature**2 * torch.sum(log_p.sub_(log_q).mul_(p))
-        part = log_q.exp_().sub_(p).mul_(kl_weight * temperature)
+        if reverse:
+            q = log_q.exp()
+            ratio = log_q.sub_(log_p)
+            each = torch.sum(q * ratio, -1, keepdim=True)
+            part = ratio.sub_(each).mul_(q)
+        else:
+            p = log_p.exp()
+            each = torch.sum(log_p.sub_(log_q).mul_(p), -1)
+            part = log_q.exp_().sub_(p)
+        value = value + kl_weight * temperature**2 * each.sum()
+        part.mul_(kl_weight * temperature)
         slope = part if slope is None else slope.add_(part)
     return value, slope
 

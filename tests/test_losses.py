@@ -11,7 +11,7 @@ from optimum_slim import losses
 from optimum_slim.losses import Distillation, next_token_loss, token_loss
 
 
-def plain(logits, ids, teacher=None, temperature=1.0, kl_weight=1.0):
+def plain(logits, ids, teacher=None, temperature=1.0, kl_weight=1.0, divergence="forward"):
     """The formulas as one would write them down, in fp32."""
     logits, labels = logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()
     nll = cross_entropy(logits, labels)
@@ -19,22 +19,25 @@ def plain(logits, ids, teacher=None, temperature=1.0, kl_weight=1.0):
         return nll
     teacher = teacher[:, :-1].flatten(0, 1).float()
     log_p, log_q = ((x / temperature).log_softmax(-1) for x in (teacher, logits))
-    divergence = kl_div(log_q, log_p, log_target=True, reduction="batchmean")
-    return kl_weight * temperature**2 * divergence + (1 - kl_weight) * nll
+    pair = (log_q, log_p) if divergence == "forward" else (log_p, log_q)
+    distance = kl_div(*pair, log_target=True, reduction="batchmean")
+    return kl_weight * temperature**2 * distance + (1 - kl_weight) * nll
 
 
 CASES = {
-    "next token": (False, 1.0, 1.0),
-    "divergence": (True, 1.0, 1.0),
-    "temperature": (True, 2.0, 1.0),
-    "mixture": (True, 3.0, 0.7),
+    "next token": (False, 1.0, 1.0, "forward"),
+    "divergence": (True, 1.0, 1.0, "forward"),
+    "temperature": (True, 2.0, 1.0, "forward"),
+    "mixture": (True, 3.0, 0.7, "forward"),
+    "reverse": (True, 2.0, 1.0, "reverse"),
+    "reverse mixture": (True, 1.0, 0.4, "reverse"),
 }
 
 
-@pytest.mark.parametrize(("taught", "temperature", "kl_weight"), CASES.values(), ids=CASES)
+@pytest.mark.parametrize(("taught", "temperature", "kl_weight", "divergence"), CASES.values(), ids=CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_token_loss_has_the_value_and_gradient_of_the_plain_formula(
-    dtype, taught, temperature, kl_weight, monkeypatch
+    dtype, taught, temperature, kl_weight, divergence, monkeypatch
 ):
     monkeypatch.setattr(losses, "ROWS", 4)  # 9 rows a sample: two full chunks and one of a single row
     torch.manual_seed(0)
@@ -42,8 +45,9 @@ def test_token_loss_has_the_value_and_gradient_of_the_plain_formula(
     logits, teacher = (torch.randn(3, 10, 50).mul(3).to(dtype) for _ in range(2))
     teacher = teacher if taught else None
     found, wanted = (logits.clone().requires_grad_() for _ in range(2))
-    value = token_loss(found, ids, teacher, temperature=temperature, kl_weight=kl_weight)
-    expected = plain(wanted, ids, teacher, temperature, kl_weight)
+    settings = {"temperature": temperature, "kl_weight": kl_weight, "divergence": divergence}
+    value = token_loss(found, ids, teacher, **settings)
+    expected = plain(wanted, ids, teacher, **settings)
     assert value.dtype == torch.float32 and value.shape == ()
     torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
     (0.5 * value).backward()

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
 from ..calibration import Calibration
-from ..losses import Distillation, next_token_loss
+from ..losses import Distillation, check_divergence, next_token_loss
 from ..packed import linear_shape
 from ..sparse import SparseLinear
 from ..sparse_training import is_sparse, sparse_stand_ins, trained_values
@@ -67,7 +67,7 @@ class Heal(Step):
         batch_size (`int`): sequences per optimizer step; `micro_batch_size` of them go through the model at once.
         learning_rate, warmup_steps, weight_decay, max_grad_norm: AdamW under a cosine with linear warm-up, of at most
             a fifth of the steps.
-        temperature, hidden_weight: of the distillation, see `Distillation`.
+        temperature, kl_weight, divergence, hidden_weight: of the distillation, see `Distillation`.
         samples, length (`int`, *optional*): of the training data; by default those of the recipe's calibration.
         held_out (`float`): share of the samples that is kept apart; the best state on it is what is kept.
         evaluate_every, patience: steps between evaluations, and how many without progress end the training.
@@ -96,6 +96,8 @@ class Heal(Step):
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     temperature: float = 1.0
+    kl_weight: float = 1.0
+    divergence: str = "forward"
     hidden_weight: float = 0.0
     samples: int | None = None
     length: int | None = None
@@ -124,8 +126,12 @@ class Heal(Step):
             raise ValueError(f"learning_rate must be positive, found {self.learning_rate!r}")
         if not self.merge and self.method not in ("lora", "qlora"):
             raise ValueError(f"method={self.method!r} trains the weights themselves, so there is no adapter to keep")
-        if self.hidden_weight and self.loss != "distill":
-            raise ValueError("hidden_weight compares with the unpruned model; it needs loss='distill'")
+        check_divergence(self.divergence)
+        if not 0 <= self.kl_weight <= 1:
+            raise ValueError(f"kl_weight must be in [0, 1], found {self.kl_weight!r}")
+        for name in ("hidden_weight", "kl_weight", "divergence"):
+            if getattr(self, name) != getattr(Heal, name) and self.loss != "distill":
+                raise ValueError(f"{name} is about the unpruned model; it needs loss='distill'")
         if self.quantization is not None and self.method != "qlora":
             raise ValueError(f"quantization is for method='qlora', found method={self.method!r}")
 
@@ -189,7 +195,7 @@ class Heal(Step):
                 "hidden_weight compares what leaves the layers before the removed ones, and there are none; use "
                 "hidden_weight=0"
             )
-        return Distillation(teacher, self.temperature, hidden_weight=self.hidden_weight, seams=found)
+        return Distillation(teacher, self.temperature, self.kl_weight, self.divergence, self.hidden_weight, found)
 
     def _fit(self, model: nn.Module, tokens: Tensor, loss, journal, dtype: torch.dtype) -> FitReport:
         return fit(
