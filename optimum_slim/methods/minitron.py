@@ -10,6 +10,10 @@ package. It needs training afterwards, best by distillation from the model it wa
 Query heads are ranked within the group of their key-value head, and each group keeps equally many. Layers go by block
 influence, 1 - E[cos(in, out)], wherever they are.
 
+With `params` or `ratio` in place of sizes, all shapes near that number of parameters are cut out of the model
+(`shapes.py`), trained for `search_steps` if asked for, and measured; the one of least perplexity on held-out samples
+stays, and the report has them all.
+
 A norm divides by a mean over the channels that are left. `norm_correction` multiplies its weight so that what comes
 out keeps its size, given the share of the stream's energy that was kept; removing dead channels is exact that way. The
 authors leave that to the distillation.
@@ -25,12 +29,17 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
+from ..evaluate import perplexity
 from ..importance import AGGREGATES, Importance, importance
+from ..memory import shared_copy
+from ..shapes import Counter, Shape, candidates
 from ..step import Step, StepReport, register
 from ..surgery import drop_layers
 from ..walk import decoder_layers
 from ..width import Sizes, narrow
+from .heal import Heal
 
 
 FIELDS = {
@@ -49,6 +58,10 @@ class Minitron(Step):
     Args:
         hidden_size, intermediate_size, num_attention_heads, num_key_value_heads, num_hidden_layers (`int`,
             *optional*): of the pruned model, as in its config; what is not given stays.
+        params (`int` or `str`, *optional*): how many parameters to have, such as 4e9 or `"4B"`, in place of sizes.
+        ratio (`float`, *optional*): the same as a share of the parameters outside of embeddings and head.
+        tolerance (`float`): how far the number of parameters may be off, as a share of it.
+        search_steps (`int`): steps of distillation, in full, with which each shape is trained before it is measured.
         aggregate (`tuple[str, str]`): how activations are aggregated over samples and over the tokens of one: `"mean"`
             of magnitudes, `"l2"` or `"variance"`.
         norm_correction (`bool`): scale the norms to the share of the residual stream's energy that stays.
@@ -63,6 +76,10 @@ class Minitron(Step):
     num_attention_heads: int | None = None
     num_key_value_heads: int | None = None
     num_hidden_layers: int | None = None
+    params: int | float | str | None = None
+    ratio: float | None = None
+    tolerance: float = 0.05
+    search_steps: int = 0
     aggregate: tuple[str, str] = ("l2", "mean")
     norm_correction: bool = False
     batch_size: int = 8
@@ -78,8 +95,33 @@ class Minitron(Step):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"{name} must be a positive integer, found {value!r}")
-        if all(getattr(self, name) is None for name in (*FIELDS, "num_hidden_layers")):
-            raise ValueError("minitron needs to know what to make smaller; pass for example intermediate_size=1024")
+        given = [name for name in (*FIELDS, "num_hidden_layers") if getattr(self, name) is not None]
+        targets = [name for name in ("params", "ratio") if getattr(self, name) is not None]
+        if len(targets) + bool(given) != 1:
+            raise ValueError(
+                "minitron needs one thing to go by: sizes (intermediate_size=1024, ...), params='4B' or ratio=0.5; "
+                f"found {', '.join([*given, *targets]) or 'none'}"
+            )
+        if self.ratio is not None and not 0 < self.ratio < 1:
+            raise ValueError(f"ratio must lie between 0 and 1, found {self.ratio!r}")
+        if self.params is not None:
+            object.__setattr__(self, "params", number_of(self.params))
+        if not 0 < self.tolerance < 1:
+            raise ValueError(f"tolerance must lie between 0 and 1, found {self.tolerance!r}")
+        if type(self.search_steps) is not int or self.search_steps < 0:
+            raise ValueError(f"search_steps must be an integer of at least 0, found {self.search_steps!r}")
+
+    def shapes(self, model: nn.Module) -> list[Shape]:
+        """What the model may be cut to: the sizes asked for, or those with about so many parameters."""
+        counter = Counter(model)
+        if self.params is None and self.ratio is None:
+            sizes, layers = self.sizes(model), self.num_hidden_layers or counter.layers
+            return [Shape(sizes, layers, counter.count(sizes, layers))]
+        target = self.params
+        if target is None:
+            inside = counter.count(counter.old, counter.layers) - counter.embeddings
+            target = round(counter.embeddings + self.ratio * inside)
+        return candidates(model, target, tolerance=self.tolerance)
 
     def sizes(self, model: nn.Module) -> Sizes:
         """The widths of the pruned model. Raises a `ValueError` if they are none that `model` can be cut to."""
@@ -110,32 +152,79 @@ class Minitron(Step):
         return self
 
     def sketch(self, model: nn.Module) -> None:
-        layers = len(decoder_layers(model)[1])
+        shape = self.shapes(model)[0]
         with torch.device("cpu"):  # indices are numbers even where Transformers makes all tensors on meta
-            narrow(model, **kept_widths(Sizes.of(model.config), self.sizes(model), layers))
-        drop_layers(model, range(self.num_hidden_layers or layers, layers))
+            narrow(model, **kept_widths(Sizes.of(model.config), shape.sizes, len(decoder_layers(model)[1])))
+        drop_layers(model, range(shape.layers, len(decoder_layers(model)[1])))
 
     def apply(self, model: nn.Module, tokens: Tensor | None = None, *, teacher=None, journal=None) -> StepReport:
-        start, old, new = time.perf_counter(), Sizes.of(model.config), self.sizes(model)
+        start, old, shapes = time.perf_counter(), Sizes.of(model.config), self.shapes(model)
         before, (prefix, stack) = model.num_parameters(), decoder_layers(model)
         scores = importance(model, tokens, aggregate=self.aggregate, batch_size=self.batch_size)
-        kept = kept_widths(old, new, len(stack), scores)
-        energy = None
-        if "channels" in kept:
-            energy = float(scores.energy[kept["channels"]].sum() / scores.energy.sum())
-        narrow(model, **kept, correction=energy if self.norm_correction else None)
+        table = self._search(model, tokens, shapes, scores) if len(shapes) > 1 else []
+        best = min(range(len(shapes)), key=lambda i: table[i]["perplexity"]) if table else 0
+        shape, layers = shapes[best], len(stack)
+        dropped, energy = self._cut(model, shape, scores)
         rows = [{"name": f"{prefix}.{i}", "block_influence": value.item()} for i, value in enumerate(scores.layers)]
-        count = len(stack) - (self.num_hidden_layers or len(stack))
-        dropped = sorted(scores.layers.argsort(stable=True)[:count].tolist())
-        drop_layers(model, dropped)
         notes = [f"{before:,} parameters became {model.num_parameters():,}"]
         changed = [
-            f"{name} {getattr(old, axis)} to {getattr(new, axis)}" for name, axis in FIELDS.items() if axis in kept
+            f"{name} {getattr(old, axis)} to {getattr(shape.sizes, axis)}"
+            for name, axis in FIELDS.items()
+            if getattr(old, axis) != getattr(shape.sizes, axis)
         ]
         notes += [f"narrower: {', '.join(changed)}"] if changed else []
         notes += [f"kept {energy:.1%} of the residual stream's energy"] if energy is not None else []
-        notes += [f"dropped layers {', '.join(map(str, dropped))} by block influence"] if dropped else []
-        return StepReport(self.to_dict(), time.perf_counter() - start, rows, notes)
+        notes += [f"dropped layers {', '.join(map(str, dropped))} of {layers} by block influence"] if dropped else []
+        notes += [f"the best of {len(table)} shapes, perplexity {table[best]['perplexity']:.4g}"] if table else []
+        step = dataclasses.replace(
+            self,
+            params=None,
+            ratio=None,
+            **{name: getattr(shape.sizes, axis) for name, axis in FIELDS.items()},
+            num_hidden_layers=shape.layers,
+        )
+        tables = {"shapes": table} if table else {}
+        return StepReport(step.to_dict(), time.perf_counter() - start, rows, notes, tables)
+
+    def _cut(self, model: nn.Module, shape: Shape, scores: Importance) -> tuple[list[int], float | None]:
+        """Give `model` this shape; the layers that went, and the share of the stream's energy that stayed."""
+        count, energy = len(decoder_layers(model)[1]), None
+        kept = kept_widths(Sizes.of(model.config), shape.sizes, count, scores)
+        if "channels" in kept:
+            energy = float(scores.energy[kept["channels"]].sum() / scores.energy.sum())
+        if kept:
+            narrow(model, **kept, correction=energy if self.norm_correction else None)
+        dropped = sorted(scores.layers.argsort(stable=True)[: count - shape.layers].tolist())
+        drop_layers(model, dropped)
+        return dropped, energy
+
+    def _search(self, model: nn.Module, tokens: Tensor, shapes: list[Shape], scores: Importance) -> list[dict]:
+        """The perplexity of each shape on an eighth of the samples, on which none is trained."""
+        held = max(1, len(tokens) // 8)
+        rows = []
+        for shape in tqdm(shapes, desc="shapes", unit="shape", disable=None):
+            copied = shared_copy(model)
+            self._cut(copied, shape, scores)
+            if self.search_steps:
+                Heal(method="full", steps=self.search_steps).apply(copied, tokens[held:], teacher=model)
+            found = {name: getattr(shape.sizes, axis) for name, axis in FIELDS.items()}
+            found |= {"num_hidden_layers": shape.layers, "parameters": shape.parameters}
+            rows.append(found | {"perplexity": perplexity(copied, tokens[:held].flatten(), tokens.shape[1])})
+        return rows
+
+
+def number_of(value: int | float | str) -> int:
+    """A number of parameters: 4000000000, 4e9 or "4B"."""
+    units = {"K": 1e3, "M": 1e6, "B": 1e9}
+    try:
+        text = value.strip().upper() if isinstance(value, str) else value
+        unit = units.get(text[-1:], 1) if isinstance(text, str) else 1
+        count = float(text.rstrip("KMB")) * unit if isinstance(text, str) else float(text)
+    except (TypeError, ValueError):
+        count = 0.0
+    if not count >= 1:
+        raise ValueError(f"params must be a number of parameters such as 4e9 or '4B', found {value!r}")
+    return round(count)
 
 
 def kept_widths(old: Sizes, new: Sizes, layers: int, scores: Importance | None = None) -> dict[str, Any]:

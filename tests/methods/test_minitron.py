@@ -9,7 +9,7 @@ from helpers import tiny_llama, token_ids
 from transformers import AutoModelForCausalLM
 
 from optimum_slim import PT2LLM, Heal, Minitron, SlimConfig, slim
-from optimum_slim.methods.minitron import kept_widths
+from optimum_slim.methods.minitron import FIELDS, kept_widths, number_of
 from optimum_slim.width import Sizes
 
 
@@ -122,7 +122,11 @@ def test_in_from_pretrained(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({}, "what to make smaller"),
+        ({}, "one thing to go by"),
+        ({"hidden_size": 48, "ratio": 0.5}, "found hidden_size, ratio"),
+        ({"ratio": 1.5}, "ratio"),
+        ({"ratio": 0.5, "tolerance": 0}, "tolerance"),
+        ({"ratio": 0.5, "search_steps": -1}, "search_steps"),
         ({"hidden_size": 0}, "hidden_size"),
         ({"hidden_size": 48, "aggregate": ("max", "mean")}, "aggregate"),
         ({"hidden_size": 48, "batch_size": 0}, "batch_size"),
@@ -151,3 +155,42 @@ def test_sizes_that_do_not_fit_are_refused_and_nothing_changes(fields, message):
     with pytest.raises(ValueError, match=message):
         slim(model, Minitron(**fields), data=TOKENS)
     assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("field", [{"params": 60_000}, {"params": "0.06M"}, {"ratio": 0.7}], ids=str)
+def test_the_shape_of_least_perplexity_is_taken(field):
+    model = tiny_llama()
+    whole = model.num_parameters()
+    report = slim(model, Minitron(**field), data=TOKENS)
+    table = report.steps[0].tables["shapes"]
+    best = min(table, key=lambda row: row["perplexity"])
+    assert len(table) > 1 and all(getattr(model.config, name) == best[name] for name in FIELDS)
+    assert model.num_parameters() == best["parameters"] < whole
+    step = model.config.slim[0]
+    assert step["params"] is None and step["hidden_size"] == best["hidden_size"]
+
+
+@pytest.mark.slow
+def test_shapes_are_trained_before_they_are_compared_and_the_model_is_not():
+    tables = []
+    for steps in (0, 5):
+        model = tiny_llama()
+        report = slim(model, Minitron(ratio=0.8, search_steps=steps), data=TOKENS)
+        tables.append([row["perplexity"] for row in report.steps[0].tables["shapes"]])
+    assert tables[0] != tables[1]
+    untrained = tiny_llama()
+    slim(untrained, Minitron(**{name: getattr(model.config, name) for name in FIELDS}), data=TOKENS)
+    assert torch.equal(logits(untrained), logits(model))
+
+
+@pytest.mark.parametrize(
+    ("value", "count"), [(4e9, 4_000_000_000), ("4B", 4_000_000_000), (" 1.5m ", 1_500_000), ("70k", 70_000), (10, 10)]
+)
+def test_numbers_of_parameters(value, count):
+    assert number_of(value) == count
+
+
+@pytest.mark.parametrize("value", ["B", "four", 0, -1, float("nan"), None])
+def test_what_is_no_number_of_parameters_is_refused(value):
+    with pytest.raises(ValueError, match="params"):
+        number_of(value)
