@@ -113,8 +113,8 @@ def _fit_neurons(counter: Counter, sizes: Sizes, layers: int, parameters: int, m
 
 
 def _multiples(size: int, most: float, *, large: int, steps: tuple[int, int]) -> list[int]:
-    """The size itself, and smaller multiples of a step: the second for sizes below `large`, an eighth for tiny ones."""
-    step = steps[0] if size >= large else min(steps[1], size // 8 or 1)
+    """The size itself, and smaller multiples of a step: the second one below `large`, an eighth for tiny sizes."""
+    step = steps[0] if size >= large else min(steps[1], max(1, size // 8))
     return [size, *(n for n in range((size - 1) // step * step, 0, -step) if n >= (1 - most) * size)]
 
 
