@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
+from .axes import Sizes, find_axes
 from .block import evaluating
 from .distance import boundaries, cosine_sums
 from .walk import decoder_layers
-from .width import Sizes, find_axes
 
 
 AGGREGATES = ("mean", "l2", "variance")

@@ -10,8 +10,8 @@ from math import ceil, prod
 
 from torch import nn
 
+from .axes import Axis, Sizes, find_axes
 from .walk import decoder_layers
-from .width import Axis, Sizes, find_axes
 
 
 MOST = 19  # candidates: the paper looks at fewer than 20

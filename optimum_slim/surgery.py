@@ -114,7 +114,7 @@ class _Patterns(list):
         return set(self) | set(other)
 
 
-def _skeleton(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+def model_without_weights(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
     """The model, without weights, that a saved copy of `config` gives."""
     settings = config.to_dict()
     settings.pop("quantization_config", None)
@@ -133,12 +133,12 @@ def _check(model: PreTrainedModel, cut: PreTrainedConfig, kept: tuple[int, ...])
         For each layer that stays, and for the modules outside the stack, the attributes that number or list layers:
         {(name, repr of the old value): new value}.
     """
-    whole = _skeleton(type(model), model.config)
+    whole = model_without_weights(type(model), model.config)
     name, before = decoder_layers(whole)
     count = len(before)
     refuse = _Refusal(model, sorted(set(range(count)) - set(kept)))
     try:
-        short = _skeleton(type(model), cut)
+        short = model_without_weights(type(model), cut)
         after = decoder_layers(short)[1]
     except (ValueError, IndexError, KeyError, TypeError) as error:
         raise refuse(f"the config without them is refused: {error}") from error
@@ -191,7 +191,7 @@ def _compare(pairs: dict[str, tuple], prefix: str, refuse: _Refusal, follows) ->
                 raise refuse(
                     f"its config would then give {name}.{key} the shape {after.get(key)} instead of {before.get(key)}"
                 )
-        before, after = (_attributes(module) for module in modules)
+        before, after = (plain_attributes(module) for module in modules)
         for key in {**before, **after}:
             if not prefix and key not in after:  # a kind of layer that is gone, such as its rotary scaling
                 continue
@@ -211,7 +211,7 @@ def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     return {k: tuple(t.shape) for k, t in {**dict(module.named_parameters(recurse=False)), **buffers}.items()}
 
 
-def _attributes(module: nn.Module) -> dict[str, Any]:
+def plain_attributes(module: nn.Module) -> dict[str, Any]:
     """The module's own public attributes that are plain values or lists."""
     kinds = bool | int | float | str | list | tuple | None
     return {k: v for k, v in vars(module).items() if k[0] != "_" and k != "training" and isinstance(v, kinds)}

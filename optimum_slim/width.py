@@ -1,114 +1,32 @@
 """Making a model narrower: fewer neurons, attention heads and hidden channels, with its config kept in step.
 
-Every layer gets the same widths, so that what is left is an ordinary model of its class with a smaller config. What
-belongs to which width:
-
-    neurons    of the feed-forward layers: rows of gate and up, columns of down
-    heads      query heads within each group of one key-value head: rows of q, columns of o
-    groups     key-value heads, with all their query heads: rows of k and v as well
-    channels   the residual stream: columns of embeddings, head, q, k, v, gate, up; rows of o, down; every norm over it
-
-None of that is written down for any architecture. `find_axes` builds the model, without weights, from its config and
-from its config with one width doubled: a dimension that changes belongs to that width. `narrow` takes the kept
-positions out of these dimensions and, before it changes anything, compares the result with the model that the new
-config describes. A width that the config cannot express (heads that are hidden_size / head_dim, a scale computed from
-the width) is refused with the name of what differs.
+Every layer gets the same widths, so that what is left is an ordinary model of its class with a smaller config.
+`narrow` takes the kept positions out of the dimensions that are widths (`axes.py`). Before it changes anything, it
+compares the result with the model that the new config describes, and lets the first decoder layer run with its neurons
+and heads in another order. A width that the config cannot express (heads that are hidden_size / head_dim, a scale
+computed from the width) is refused with the name of what differs.
 """
 
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .axes import Axis, Sizes, built, find_axes, resized, shapes_of
 from .layer_settings import text_config
 from .memory import shared_copy
 from .packed import PackedLinear
-from .surgery import _attributes, _skeleton
+from .surgery import plain_attributes
 from .walk import decoder_layers, walk
 
 
-AXES = ("channels", "neurons", "heads", "groups")
-NEURONS = ("intermediate_size", "ffn_dim", "n_inner")
 HALVES = ("gate_up_proj", "gate_and_up_proj")  # two matrices of neurons, one behind the other
 EPSILONS = ("rms_norm_eps", "norm_eps", "norm_epsilon")
 EPSILON_ATTRIBUTES = ("variance_epsilon", "eps", "epsilon")
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The widths of a model, by the names of its config: hidden_size, intermediate_size, heads and their size."""
-
-    channels: int
-    neurons: int
-    heads: int
-    groups: int
-    head_dim: int
-
-    @classmethod
-    def of(cls, config: PreTrainedConfig) -> "Sizes":
-        text = text_config(config)
-        channels, heads = text.hidden_size, text.num_attention_heads
-        neurons = next((getattr(text, name) for name in NEURONS if getattr(text, name, None)), 4 * channels)
-        groups = getattr(text, "num_key_value_heads", None) or heads
-        return cls(channels, neurons, heads, groups, getattr(text, "head_dim", None) or channels // heads)
-
-
-def resized(config: PreTrainedConfig, sizes: Sizes) -> PreTrainedConfig:
-    """A copy of `config` with these widths, head_dim and the number of neurons written out."""
-    cut, old = copy.deepcopy(config), Sizes.of(config)
-    text = text_config(cut)
-    neurons = [name for name in NEURONS if hasattr(text, name)]
-    if getattr(text, "word_embed_proj_dim", None) == old.channels:
-        text.word_embed_proj_dim = sizes.channels
-    text.head_dim = sizes.head_dim
-    if neurons:
-        setattr(text, neurons[0], sizes.neurons)
-    if hasattr(text, "num_key_value_heads"):
-        text.num_key_value_heads = sizes.groups
-    text.hidden_size, text.num_attention_heads = sizes.channels, sizes.heads
-    return cut
-
-
-@dataclass(frozen=True)
-class Axis:
-    """One dimension of a parameter that is a width: `size` positions for each of its `count` members."""
-
-    name: str
-    dim: int
-    size: int
-    count: int
-
-
-def find_axes(model: PreTrainedModel) -> dict[str, tuple[Axis, ...]]:
-    """For each parameter of `model`, the dimensions that are widths.
-
-    Raises:
-        ValueError: the config cannot express a width by itself, or a dimension belongs to two of them.
-    """
-    sizes = Sizes.of(model.config)
-    whole = _shapes(_built(model, model.config, "its own config"))
-    found: dict[str, tuple[Axis, ...]] = {}
-    for axis in AXES:
-        doubled = {axis: 2 * getattr(sizes, axis)} | ({"heads": 2 * sizes.heads} if axis == "groups" else {})
-        wide = _shapes(_built(model, resized(model.config, Sizes(**(vars(sizes) | doubled))), axis))
-        for name, shape in whole.items():
-            for dim, (before, after) in enumerate(zip(shape, wide[name], strict=True)):
-                known = {entry.dim: entry.name for entry in found.get(name, ())}
-                if before == after or (axis == "groups" and known.get(dim) == "heads"):
-                    continue
-                if dim in known:
-                    raise ValueError(
-                        f"{type(model).__name__} cannot be made narrower: dimension {dim} of {name} follows both its "
-                        f"{known[dim]} and its {axis}"
-                    )
-                count = getattr(sizes, axis)
-                found[name] = (*found.get(name, ()), Axis(axis, dim, before, count))
-    return found
 
 
 def narrow(
@@ -148,11 +66,11 @@ def narrow(
         _check_separate(model, axis, axes)
     if kept.keys() - {"channels"} and model.device.type != "meta":
         _check_layout(model, axes, old)
-    before = _built(model, model.config, "its own config")
+    before = built(model, model.config, "its own config")
     if correction is not None and channels is not None:
         _correct_epsilon(config, before, axes, old.channels / new.channels)
-    after = _built(model, config, "the new widths")
-    wanted = _shapes(after)
+    after = built(model, config, "the new widths")
+    wanted = shapes_of(after)
     changes = _attribute_changes(model, before, after)
     tensors = {}
     with torch.no_grad():
@@ -354,23 +272,12 @@ def _added_one(norm: nn.Module) -> float:
     return float(probe(torch.ones_like(norm.weight)[None]).abs().max() > 0)
 
 
-def _built(model: PreTrainedModel, config: PreTrainedConfig, what: str) -> PreTrainedModel:
-    try:
-        return _skeleton(type(model), config)
-    except (ValueError, IndexError, KeyError, TypeError, RuntimeError, ZeroDivisionError) as error:
-        raise ValueError(f"{type(model).__name__} cannot be built with {what} changed: {error}") from error
-
-
-def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
-
-
 def _attribute_changes(model: nn.Module, before: nn.Module, after: nn.Module) -> dict[str, dict[str, Any]]:
     """What the new config changes in the modules' own attributes: numbers of something, and nothing else."""
     changes: dict[str, dict[str, Any]] = {}
     narrowed = dict(after.named_modules())
     for path, module in before.named_modules():
-        old, new = _attributes(module), _attributes(narrowed[path])
+        old, new = plain_attributes(module), plain_attributes(narrowed[path])
         for key in old:
             if old[key] == new.get(key):
                 continue

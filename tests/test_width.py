@@ -8,7 +8,8 @@ from helpers import tiny_llama, token_ids
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from optimum_slim import BitNet, slim
-from optimum_slim.width import Sizes, find_axes, narrow
+from optimum_slim.axes import Sizes, find_axes
+from optimum_slim.width import narrow
 
 
 BASE = {

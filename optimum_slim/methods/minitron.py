@@ -25,20 +25,22 @@ import copy
 import dataclasses
 import time
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..axes import Sizes
 from ..evaluate import perplexity
 from ..importance import AGGREGATES, Importance, importance
 from ..memory import shared_copy
+from ..ranking import heads_together, kept_widths, merge_heads
 from ..shapes import Counter, Shape, candidates
 from ..step import Step, StepReport, register
 from ..surgery import drop_layers
 from ..walk import decoder_layers
-from ..width import Sizes, narrow
+from ..width import narrow
 from .heal import Heal
 
 
@@ -64,6 +66,8 @@ class Minitron(Step):
         search_steps (`int`): steps of distillation, in full, with which each shape is trained before it is measured.
         aggregate (`tuple[str, str]`): how activations are aggregated over samples and over the tokens of one: `"mean"`
             of magnitudes, `"l2"` or `"variance"`.
+        merge_heads (`bool`): add to the last kept query heads of a group what tells them from the dropped ones, as the
+            paper does (its authors' code does not); at most half of a group can go then.
         norm_correction (`bool`): scale the norms to the share of the residual stream's energy that stays.
         batch_size (`int`): samples per forward pass.
 
@@ -81,6 +85,7 @@ class Minitron(Step):
     tolerance: float = 0.05
     search_steps: int = 0
     aggregate: tuple[str, str] = ("l2", "mean")
+    merge_heads: bool = False
     norm_correction: bool = False
     batch_size: int = 8
 
@@ -138,6 +143,12 @@ class Minitron(Step):
                 f"{new.heads} query heads cannot be shared evenly by {new.groups} key-value heads with at most "
                 f"{old.heads // old.groups} each; pass num_attention_heads and num_key_value_heads that fit"
             )
+        whole, stay = heads_together(old, new)
+        if self.merge_heads and 2 * stay < whole:
+            raise ValueError(
+                f"merge_heads puts each dropped head into one that stays, and {stay} of {whole} stay; keep at least "
+                "half, or pass merge_heads=False"
+            )
         layers = len(decoder_layers(model)[1])
         if (self.num_hidden_layers or layers) > layers:
             raise ValueError(f"num_hidden_layers={self.num_hidden_layers} is more than the {layers} of this model")
@@ -192,6 +203,8 @@ class Minitron(Step):
         kept = kept_widths(Sizes.of(model.config), shape.sizes, count, scores)
         if "channels" in kept:
             energy = float(scores.energy[kept["channels"]].sum() / scores.energy.sum())
+        if self.merge_heads and "heads" in kept:
+            merge_heads(model, shape.sizes, scores.heads)
         if kept:
             narrow(model, **kept, correction=energy if self.norm_correction else None)
         dropped = sorted(scores.layers.argsort(stable=True)[: count - shape.layers].tolist())
@@ -225,39 +238,3 @@ def number_of(value: int | float | str) -> int:
     if not count >= 1:
         raise ValueError(f"params must be a number of parameters such as 4e9 or '4B', found {value!r}")
     return round(count)
-
-
-def kept_widths(old: Sizes, new: Sizes, layers: int, scores: Importance | None = None) -> dict[str, Any]:
-    """What `narrow` is to keep: the most important of each width, ascending; the first ones without scores.
-
-    Raises:
-        ValueError: a width for which the model has no scores.
-    """
-
-    def best(axis: str, values: Tensor | None, count: int) -> Tensor:
-        if scores is None:
-            values = -torch.arange(float(getattr(old, axis)))
-        if values is None:
-            raise ValueError(f"this model's {axis} lie in fused experts or are no width of their own; leave them")
-        return values.topk(count).indices.sort().values
-
-    kept: dict[str, Any] = {}
-    if new.channels < old.channels:
-        kept["channels"] = best("channels", scores and scores.channels, new.channels)
-    if new.neurons < old.neurons:
-        rows = [None] * layers if scores is None or scores.neurons is None else scores.neurons
-        kept["neurons"] = [best("neurons", row, new.neurons) for row in rows]
-    if (new.heads, new.groups) != (old.heads, old.groups):
-        found = [_heads(old, new, scores.heads[i] if scores else torch.zeros(old.heads)) for i in range(layers)]
-        kept["heads"] = [heads for heads, _ in found]
-        if new.groups < old.groups:
-            kept["groups"] = [groups for _, groups in found]
-    return kept
-
-
-def _heads(old: Sizes, new: Sizes, scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Query heads and groups that stay in one layer: groups by the sum of their heads, heads within each group."""
-    table = scores.view(old.groups, -1)
-    groups = table.sum(1).topk(new.groups).indices.sort().values
-    inside = table[groups].topk(new.heads // new.groups, dim=1).indices.sort(dim=1).values
-    return (groups[:, None] * table.shape[1] + inside).flatten(), groups

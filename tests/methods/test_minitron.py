@@ -9,8 +9,9 @@ from helpers import tiny_llama, token_ids
 from transformers import AutoModelForCausalLM
 
 from optimum_slim import PT2LLM, Heal, Minitron, SlimConfig, slim
-from optimum_slim.methods.minitron import FIELDS, kept_widths, number_of
-from optimum_slim.width import Sizes
+from optimum_slim.axes import Sizes
+from optimum_slim.methods.minitron import FIELDS, number_of
+from optimum_slim.ranking import kept_widths, merge_heads
 
 
 TOKENS = token_ids(8, 16)
@@ -69,6 +70,40 @@ def test_the_corrected_norms_come_closer():
         slim(model, Minitron(hidden_size=48, norm_correction=correction), data=TOKENS)
         errors.append(float((logits(model) - expected).norm()))
     assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("groups", [2, 8], ids=["grouped", "multi-head"])
+def test_merged_heads_are_the_formula(groups):
+    model = tiny_llama(num_attention_heads=8, num_key_value_heads=groups)
+    attention = model.model.layers[0].self_attn
+    scores = torch.rand(2, 8, generator=torch.Generator().manual_seed(0))
+    before = {key: getattr(attention, key).weight.clone().view(-1, 8, 64) for key in ("q_proj", "k_proj", "v_proj")}
+    whole = 8 // groups if groups < 8 else 8
+    stay = whole * 3 // 4
+    merge_heads(model, Sizes(64, 96, 8 // whole * stay, groups if groups < 8 else stay, 8), scores)
+    for key, old in before.items():
+        new = getattr(attention, key).weight.view(-1, 8, 64)
+        if key != "q_proj" and groups < 8:
+            assert torch.equal(new, old)
+            continue
+        expected = old.clone()
+        for first in range(0, 8, whole):
+            ranks = (first + scores[0, first : first + whole].argsort(descending=True)).tolist()
+            for i in range(2 * stay - whole + 1, stay + 1):  # from 1, as in the paper
+                expected[ranks[i - 1]] = 2 * old[ranks[i - 1]] - old[ranks[2 * stay - i + 1 - 1]]
+        torch.testing.assert_close(new, expected)
+
+
+def test_equal_heads_merge_into_themselves():
+    model = tiny_llama(num_key_value_heads=1)
+    for layer in model.model.layers:
+        heads = layer.self_attn.q_proj.weight.data.view(4, 16, 64)
+        heads[:] = heads[:1].clone()
+    plain, merged = (tiny_llama(num_key_value_heads=1) for _ in range(2))
+    for copied, merge in ((plain, False), (merged, True)):
+        copied.load_state_dict(model.state_dict())
+        slim(copied, Minitron(num_attention_heads=2, merge_heads=merge), data=TOKENS)
+    torch.testing.assert_close(logits(plain), logits(merged))
 
 
 def test_the_layer_that_does_nothing_goes():
