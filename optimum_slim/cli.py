@@ -68,6 +68,9 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     inspect.add_argument(
         "--heal", nargs="*", metavar="k=v", help="also heal each cut, with these fields of the step `heal`"
     )
+    inspect.add_argument(
+        "--widths", action="store_true", help="also score neurons, heads and channels, for the step `minitron`"
+    )
     _add_windows(inspect)
     inspect.add_argument("--overwrite", action="store_true", help="replace FOLDER if it exists")
 

@@ -84,6 +84,7 @@ def inspect_command(args: argparse.Namespace) -> None:
         text_ids=tokenize(args.text, tokenizer) if args.text else None,
         window=args.window,
         max_windows=args.max_windows,
+        widths=args.widths,
         tokens_from=source,
         text_from=Path(args.text).name if args.text else "",
     )

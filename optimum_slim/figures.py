@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
+    from .importance import Importance
     from .inspection import Inspection
 
 Rows = Sequence[Sequence[float]]
@@ -125,6 +126,51 @@ def draw_perplexity(inspection: Inspection, file: str | Path) -> None:
         f"{inspection.model}: layers chosen by the metric {inspection.metric}\n{inspection.text}", fontsize=11
     )
     figure.savefig(file)
+
+
+def draw_importance(scores: Importance, title: str, file: str | Path) -> None:
+    """Scores of layers and heads as they are; of neurons and channels, the share that the most important ones hold.
+
+    A straight line there says that all matter alike; a curve that rises fast, that a few do and the others can go.
+    """
+    figure = _figure(9.0, 7.0)
+    layers, heads, neurons, channels = figure.subplots(2, 2).flat
+    layers.bar(range(len(scores.layers)), scores.layers.tolist(), color=COLOURS[0])
+    layers.set_xlabel("layer")
+    layers.set_ylabel("block influence (log scale)")
+    layers.set_yscale("log")
+    if scores.heads is not None:
+        shares = scores.heads / scores.heads.sum(1, keepdim=True).clamp(min=1e-30)
+        image = heads.imshow(shares.tolist(), cmap="viridis", aspect="auto", interpolation="nearest", origin="lower")
+        figure.colorbar(image, ax=heads).set_label("share of the layer's score")
+        heads.set_xlabel("query head")
+        heads.set_ylabel("layer")
+        _integers(heads.xaxis, heads.yaxis)
+    _draw_shares(neurons, scores.neurons, "neurons of a layer")
+    _draw_shares(channels, None if scores.channels is None else scores.channels[None], "hidden channels")
+    for axes, found in ((heads, scores.heads), (neurons, scores.neurons), (channels, scores.channels)):
+        if found is None:
+            axes.text(0.5, 0.5, "no width of its own\nin this model", ha="center", va="center")
+            axes.set_axis_off()
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(file)
+
+
+def _draw_shares(axes, scores, what: str) -> None:
+    """One curve for each row of scores: of their sum, what the most important ones hold."""
+    if scores is None:
+        return
+    sums = scores.sort(dim=1, descending=True).values.cumsum(1)
+    for i, row in enumerate(sums / sums[:, -1:].clamp(min=1e-30)):
+        shade = i / max(1, len(sums) - 1)
+        part = [(k + 1) / len(row) for k in range(len(row))]
+        axes.plot(part, row.tolist(), color=(shade, 0.35, 1 - shade), linewidth=0.8)
+    if len(sums) > 1:
+        axes.text(0.97, 0.05, "blue: first layer, red: last", transform=axes.transAxes, ha="right", fontsize=8)
+    axes.plot([0, 1], [0, 1], color=COLOURS[2], linestyle="--", linewidth=0.8)
+    axes.set_xlabel(f"share of the {what}, most important first")
+    axes.set_ylabel("share of the score")
+    axes.grid(alpha=0.3)
 
 
 def _plain_numbers(axis) -> None:

@@ -6,12 +6,16 @@ Two pictures of "The Unreasonable Ineffectiveness of the Deeper Layers" (arXiv 2
   layers. Where it is small the block hardly turns the residual stream, and may go.
 * perplexity against the number of layers dropped, with and without healing.
 
+With `widths=True` also how much neurons, heads, channels and layers matter (`importance.py`), as a picture and as a
+file that `Minitron(scores=...)` takes.
+
     inspection = inspect(model, tokens, text_ids=tokenize("wiki.test.raw", tokenizer))
     inspection.save("pictures")
 
 The model is never changed: layers are dropped from a copy of its structure that shares all its weights.
 """
 
+import dataclasses
 import json
 import shutil
 import uuid
@@ -26,7 +30,8 @@ from torch import Tensor, nn
 from .block import evaluating
 from .distance import angular_distances, distance_rows, last_token_states
 from .evaluate import perplexity
-from .figures import check_matplotlib, draw_distances, draw_perplexity
+from .figures import check_matplotlib, draw_distances, draw_importance, draw_perplexity
+from .importance import Importance, importance
 from .memory import shared_copy
 from .methods.depth import Depth, greedy_order
 from .saving import check_target, take_place
@@ -48,6 +53,7 @@ class Inspection:
         curve: rows of `dropped`, `layers`, `perplexity`, `perplexity_healed` (`None` without healing).
         text: what the perplexity was measured on, in words.
         heal: the healing step as recorded, if there was one.
+        importance: scores of widths and layers, if they were asked for.
     """
 
     model: str
@@ -59,10 +65,13 @@ class Inspection:
     curve: tuple[dict[str, Any], ...] = ()
     text: str = ""
     heal: dict[str, Any] | None = None
+    importance: Importance | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON types."""
-        return json.loads(json.dumps(asdict(self)))
+        """Everything but the importance scores as JSON types."""
+        data = asdict(dataclasses.replace(self, importance=None))
+        del data["importance"]
+        return json.loads(json.dumps(data))
 
     def to_markdown(self) -> str:
         """The figures as tables, beside the pictures that `save` draws."""
@@ -71,6 +80,8 @@ class Inspection:
         for n, start in enumerate(self.best, start=1):
             layers = f"{start}" if n == 1 else f"{start} to {start + n - 1}"
             lines.append(f"| {n} | {start} | {layers} | {self.distances[n - 1][start]:.4f} |")
+        if self.importance is not None:
+            lines += ["", "![](importance.png)", "", "Scores: `importance.safetensors`, for `Minitron(scores=...)`."]
         if self.dense_perplexity is None:
             return "\n".join(lines) + "\n"
         lines += ["", f"Perplexity on {self.text}; layers chosen by `{self.metric}`.", "", "![](perplexity.png)", ""]
@@ -87,7 +98,8 @@ class Inspection:
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Write the pictures, `inspection.json` and `inspection.md` to a folder, all or nothing.
 
-        `angular_distance.png` is always drawn, `perplexity.png` if there was a text.
+        `angular_distance.png` is always drawn, `perplexity.png` if there was a text; `importance.png` and
+        `importance.safetensors` if widths were asked for.
 
         Raises:
             FileExistsError: the folder has something in it and `overwrite` is not set.
@@ -103,6 +115,11 @@ class Inspection:
             draw_distances(self.distances, self.best, title, partial / "angular_distance.png")
             if self.dense_perplexity is not None:
                 draw_perplexity(self, partial / "perplexity.png")
+            if self.importance is not None:
+                draw_importance(
+                    self.importance, f"{self.model}: importance\n{self.tokens}", partial / "importance.png"
+                )
+                self.importance.save(partial / "importance.safetensors")
             data = json.dumps(self.to_dict(), indent=2) + "\n"
             (partial / "inspection.json").write_text(data, encoding="utf-8")
             (partial / "inspection.md").write_text(self.to_markdown(), encoding="utf-8")
@@ -123,6 +140,7 @@ def inspect(
     window: int = 1024,
     max_windows: int | None = None,
     heal_tokens: Tensor | None = None,
+    widths: bool = False,
     tokens_from: str = "",
     text_from: str = "",
 ) -> Inspection:
@@ -136,6 +154,7 @@ def inspect(
         heal: a `Heal` step, to measure each cut again once healed, on `heal_tokens` or else on `tokens`.
         text_ids: int64 (tokens,), the text of the perplexity; `None` measures distances only.
         window, max_windows: of the perplexity; a window is at most as long as the text and the model's own limit.
+        widths: also score neurons, heads, channels and layers, on `tokens`.
         tokens_from, text_from: where tokens and text come from, for titles.
 
     Raises:
@@ -171,6 +190,7 @@ def inspect(
         best=best,
         metric=metric,
         heal=None if heal is None else heal.to_dict(),
+        importance=importance(model, tokens) if widths else None,
         **found,
     )
 

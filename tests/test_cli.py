@@ -234,7 +234,8 @@ def test_inspect_draws_and_saves(with_words, tmp_path, capsys):
     assert (row["dropped"], row["layers"], row["perplexity_healed"]) == (1, [0], None)
     assert main(["inspect", str(model), "--out", str(out), *CALIBRATION]) == 2
     assert "exists and is not empty" in capsys.readouterr().err
-    assert main(["inspect", str(model), "--out", str(out), *CALIBRATION, "--overwrite"]) == 0
+    assert main(["inspect", str(model), "--out", str(out), *CALIBRATION, "--overwrite", "--widths"]) == 0
+    assert (out / "importance.safetensors").is_file() and (out / "importance.png").is_file()
     assert "only the heat map was made" in capsys.readouterr().out
     assert not (out / "perplexity.png").exists()
 

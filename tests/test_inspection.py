@@ -9,6 +9,7 @@ import torch
 from helpers import tiny_llama, token_ids
 
 from optimum_slim import perplexity
+from optimum_slim.importance import Importance
 from optimum_slim.inspection import Inspection, inspect
 from optimum_slim.methods.depth import Depth
 from optimum_slim.methods.heal import Heal
@@ -195,3 +196,14 @@ def test_drawing_does_not_need_pyplot_and_its_global_state(tmp_path, monkeypatch
     pytest.importorskip("matplotlib")
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # importing it now raises
     assert (made().save(tmp_path / "pictures") / "perplexity.png").is_file()
+
+
+def test_importance_is_measured_drawn_and_saved_where_asked_for(tmp_path):
+    inspection = inspect(planted(), token_ids(4, 12), widths=True)
+    assert abs(inspection.importance.layers[2]) < 1e-6 and "importance" not in inspection.to_dict()
+    out = inspection.save(tmp_path / "pictures")
+    assert (out / "importance.png").stat().st_size > 10_000
+    assert "importance.png" in (out / "inspection.md").read_text()
+    again = Importance.load(out / "importance.safetensors")
+    assert torch.equal(again.neurons, inspection.importance.neurons)
+    assert inspect(planted(), token_ids(4, 12)).importance is None

@@ -64,6 +64,8 @@ class Minitron(Step):
         ratio (`float`, *optional*): the same as a share of the parameters outside of embeddings and head.
         tolerance (`float`): how far the number of parameters may be off, as a share of it.
         search_steps (`int`): steps of distillation, in full, with which each shape is trained before it is measured.
+        scores (`str`, *optional*): file of importance scores, as `slim inspect --widths` saves them, in place of
+            measuring them again.
         aggregate (`tuple[str, str]`): how activations are aggregated over samples and over the tokens of one: `"mean"`
             of magnitudes, `"l2"` or `"variance"`.
         merge_heads (`bool`): add to the last kept query heads of a group what tells them from the dropped ones, as the
@@ -84,16 +86,18 @@ class Minitron(Step):
     ratio: float | None = None
     tolerance: float = 0.05
     search_steps: int = 0
+    scores: str | None = None
     aggregate: tuple[str, str] = ("l2", "mean")
     merge_heads: bool = False
     norm_correction: bool = False
     batch_size: int = 8
 
-    needs_data: ClassVar[bool] = True
     before_packing: ClassVar[bool] = True
 
     def __post_init__(self):
         object.__setattr__(self, "aggregate", tuple(self.aggregate))
+        if self.scores is not None:
+            object.__setattr__(self, "scores", str(self.scores))
         if len(self.aggregate) != 2 or any(name not in AGGREGATES for name in self.aggregate):
             raise ValueError(f"aggregate must be two of {', '.join(AGGREGATES)}, found {self.aggregate!r}")
         for name in (*FIELDS, "num_hidden_layers", "batch_size"):
@@ -115,6 +119,10 @@ class Minitron(Step):
             raise ValueError(f"tolerance must lie between 0 and 1, found {self.tolerance!r}")
         if type(self.search_steps) is not int or self.search_steps < 0:
             raise ValueError(f"search_steps must be an integer of at least 0, found {self.search_steps!r}")
+
+    @property
+    def needs_data(self) -> bool:
+        return self.scores is None or self.params is not None or self.ratio is not None
 
     def shapes(self, model: nn.Module) -> list[Shape]:
         """What the model may be cut to: the sizes asked for, or those with about so many parameters."""
@@ -171,7 +179,7 @@ class Minitron(Step):
     def apply(self, model: nn.Module, tokens: Tensor | None = None, *, teacher=None, journal=None) -> StepReport:
         start, old, shapes = time.perf_counter(), Sizes.of(model.config), self.shapes(model)
         before, (prefix, stack) = model.num_parameters(), decoder_layers(model)
-        scores = importance(model, tokens, aggregate=self.aggregate, batch_size=self.batch_size)
+        scores = self._scores(model, tokens)
         table = self._search(model, tokens, shapes, scores) if len(shapes) > 1 else []
         best = min(range(len(shapes)), key=lambda i: table[i]["perplexity"]) if table else 0
         shape, layers = shapes[best], len(stack)
@@ -191,11 +199,25 @@ class Minitron(Step):
             self,
             params=None,
             ratio=None,
+            scores=None,
             **{name: getattr(shape.sizes, axis) for name, axis in FIELDS.items()},
             num_hidden_layers=shape.layers,
         )
         tables = {"shapes": table} if table else {}
         return StepReport(step.to_dict(), time.perf_counter() - start, rows, notes, tables)
+
+    def _scores(self, model: nn.Module, tokens: Tensor | None) -> Importance:
+        if self.scores is None:
+            return importance(model, tokens, aggregate=self.aggregate, batch_size=self.batch_size)
+        scores, sizes, layers = Importance.load(self.scores), Sizes.of(model.config), len(decoder_layers(model)[1])
+        wanted = {"neurons": (layers, sizes.neurons), "heads": (layers, sizes.heads), "channels": (sizes.channels,)}
+        for name, shape in (wanted | {"layers": (layers,)}).items():
+            found = getattr(scores, name)
+            if found is not None and tuple(found.shape) != shape:
+                raise ValueError(
+                    f"{self.scores} has scores of another model: {name} of shape {tuple(found.shape)}, not {shape}"
+                )
+        return scores
 
     def _cut(self, model: nn.Module, shape: Shape, scores: Importance) -> tuple[list[int], float | None]:
         """Give `model` this shape; the layers that went, and the share of the stream's energy that stayed."""

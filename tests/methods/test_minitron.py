@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from optimum_slim import PT2LLM, Heal, Minitron, SlimConfig, slim
 from optimum_slim.axes import Sizes
+from optimum_slim.importance import importance
 from optimum_slim.methods.minitron import FIELDS, number_of
 from optimum_slim.ranking import kept_widths, merge_heads
 
@@ -229,3 +230,16 @@ def test_numbers_of_parameters(value, count):
 def test_what_is_no_number_of_parameters_is_refused(value):
     with pytest.raises(ValueError, match="params"):
         number_of(value)
+
+
+def test_saved_scores_take_the_place_of_measuring(tmp_path):
+    model, measured = tiny_llama(), tiny_llama()
+    path = tmp_path / "scores.safetensors"
+    importance(model, TOKENS).save(path)
+    step = Minitron(**SIZES, scores=path)
+    assert not step.needs_data and Minitron(ratio=0.5, scores=path).needs_data
+    slim(model, step)
+    slim(measured, Minitron(**SIZES), data=TOKENS)
+    assert torch.equal(logits(model), logits(measured)) and model.config.slim[0]["scores"] is None
+    with pytest.raises(ValueError, match="scores of another model"):
+        slim(tiny_llama(intermediate_size=80), step)
