@@ -3,7 +3,7 @@
     python benchmarks/train_bits.py [--part blocks lambda] [--minutes 60] [--model FOLDER] [--text FILE]
 
 `blocks`: SmolLM2-135M-Instruct in ternary (`BitNetTraining` from `PT2LLM`) and in signs (`OneBit`), each decoder layer
-trained by itself to put out what the dense one did, on 128 windows of 512 tokens of the WikiText-2 validation text.
+trained by itself to put out what the dense one did, on 64 windows of 512 tokens of the WikiText-2 validation text.
 All of it, with the untrained starts, takes about --minutes: steps are timed first, and as many are made for each layer
 as fit. The curve is the perplexity of the untrained quantized model with its first k layers replaced by trained ones,
 on the first 4 windows of 1024 tokens of the test text; dense, untrained and trained models are measured on 16. fp32.
@@ -275,7 +275,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="for each decoder layer, in place of what fits the time")
     parser.add_argument("--every", type=int, default=5, help="layers between two points of the curve")
     parser.add_argument("--windows", type=int, default=16)
-    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--rates", type=float, nargs=2, default=(4e-3, 1e-3), help="of ternary and onebit")
     parser.add_argument("--batch-sizes", type=int, nargs=2, default=(2, 1), help="of ternary and onebit")
