@@ -171,6 +171,7 @@ def test_list_names_steps_fields_and_papers(capsys):
         "depth": "depends on the fields",
         "heal": "needed",
         "magnitude": "depends on the fields",
+        "minitron": "depends on the fields",
         "onebit": "depends on the fields",
         "pt2llm": "needed",
         "sparsegpt": "needed",
