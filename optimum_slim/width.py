@@ -57,9 +57,9 @@ def narrow(
         ValueError: unequal numbers, indices out of range, layers that are not dense, or a config that cannot express
             the widths. The model is unchanged then.
     """
-    old, count = Sizes.of(model.config), len(decoder_layers(model)[1])
+    old, (stack, layers) = Sizes.of(model.config), decoder_layers(model)
     _check_dense(model)
-    kept = _checked(old, count, channels, neurons, heads, groups)
+    kept = _checked(old, len(layers), channels, neurons, heads, groups)
     new = Sizes(**(vars(old) | {axis: len(index if axis == "channels" else index[0]) for axis, index in kept.items()}))
     config, axes = resized(model.config, new), find_axes(model)
     for axis in kept.keys() - {"groups"}:
@@ -77,16 +77,16 @@ def narrow(
         for name, parameter in model.named_parameters(remove_duplicate=False):
             if id(parameter) in tensors:
                 continue
-            value = parameter.detach()
+            value = parameter
             for axis in axes.get(name, ()):
-                value = _take(value, name, axis, kept, old, decoder_layers(model)[0])
+                value = _take(value, name, axis, kept, old, stack)
             if tuple(value.shape) != wanted[name]:
                 raise ValueError(
                     f"{type(model).__name__} cannot get these widths: its config would then give {name} the shape "
                     f"{wanted[name]} instead of {tuple(value.shape)}"
                 )
-            same = value is parameter or value.data_ptr() == parameter.data_ptr()
-            tensors[id(parameter)] = parameter if same else nn.Parameter(value, parameter.requires_grad)
+            new_one = value is not parameter
+            tensors[id(parameter)] = nn.Parameter(value, parameter.requires_grad) if new_one else parameter
         if correction is not None and channels is not None:
             _correct(model, axes, tensors, correction * old.channels / new.channels)
     for module in model.modules():
@@ -185,7 +185,7 @@ def _take(value: Tensor, name: str, axis: Axis, kept: dict[str, Any], old: Sizes
     if axis.name not in kept and not (axis.name == "heads" and "groups" in kept):
         return value
     if axis.name == "channels":
-        return value.index_select(axis.dim, _spread(kept["channels"], 1, axis, name).to(value.device))
+        return value.index_select(axis.dim, _alone(kept["channels"], axis, name).to(value.device))
     if not name.startswith(f"{stack}."):
         raise ValueError(f"{name} lies outside the decoder layers and follows their {axis.name}")
     layer = int(name.removeprefix(f"{stack}.").partition(".")[0])
@@ -194,7 +194,7 @@ def _take(value: Tensor, name: str, axis: Axis, kept: dict[str, Any], old: Sizes
         if axis.size == 2 * axis.count and any(half in name for half in HALVES):
             index = torch.cat([index, index + axis.count])
         else:
-            index = _spread(index, 1, axis, name)
+            index = _alone(index, axis, name)
         return value.index_select(axis.dim, index.to(value.device))
     query = kept["heads"][layer]
     groups = kept["groups"][layer] if "groups" in kept else torch.arange(old.groups)
@@ -202,12 +202,17 @@ def _take(value: Tensor, name: str, axis: Axis, kept: dict[str, Any], old: Sizes
     return value.index_select(axis.dim, positions.to(value.device))
 
 
-def _spread(index: Tensor, unit: int, axis: Axis, name: str) -> Tensor:
-    """Positions of members of `unit` neighbours each."""
-    if axis.size != unit * axis.count:
+def _alone(index: Tensor, axis: Axis, name: str) -> Tensor:
+    """The index itself, for members of one position each."""
+    if axis.size != axis.count:
         raise ValueError(
             f"{name} has {axis.size} positions for {axis.count} {axis.name}, and how they lie is not known"
         )
+    return index
+
+
+def _runs(index: Tensor, unit: int) -> Tensor:
+    """Each index as `unit` neighbouring positions."""
     return (index[:, None] * unit + torch.arange(unit, device=index.device)).flatten()
 
 
@@ -215,15 +220,11 @@ def _heads(query: Tensor, groups: Tensor, axis: Axis, old: Sizes, name: str) -> 
     """Positions of heads: query heads, key-value heads, or q, k and v behind one another."""
     size = old.head_dim
     q, kv = old.heads * size, old.groups * size
-
-    def spread(index: Tensor, unit: int) -> Tensor:
-        return (index[:, None] * unit + torch.arange(unit, device=index.device)).flatten()
-
     if axis.size == (q if axis.name == "heads" else kv):
-        return spread(query if axis.name == "heads" else groups, size)
+        return _runs(query if axis.name == "heads" else groups, size)
     if axis.size == q + 2 * kv and "qkv" in name:
-        keys = spread(groups, size)
-        return torch.cat([spread(query, size), q + keys, q + kv + keys])
+        keys = _runs(groups, size)
+        return torch.cat([_runs(query, size), q + keys, q + kv + keys])
     if axis.size == axis.count:  # a number for each head
         return query if axis.name == "heads" else groups
     raise ValueError(f"{name} has {axis.size} positions for {axis.count} {axis.name}, and how they lie is not known")

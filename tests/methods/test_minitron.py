@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from helpers import tiny_llama, token_ids
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from optimum_slim import PT2LLM, Heal, Minitron, SlimConfig, slim
 from optimum_slim.axes import Sizes
@@ -153,6 +153,16 @@ def test_in_from_pretrained(tmp_path):
     config = SlimConfig(Minitron(**SIZES), calibration=TOKENS)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
     assert model.config.hidden_size == 48 and getattr(model.config, "quantization_config", None) is None
+
+
+def test_the_sketch_of_a_model_without_weights_has_the_size_to_come():
+    with torch.device("meta"):
+        sketched = LlamaForCausalLM(tiny_llama().config)
+    Minitron(**SIZES).sketch(sketched)
+    model = tiny_llama()
+    slim(model, Minitron(**SIZES), data=TOKENS)
+    assert sketched.num_parameters() == model.num_parameters()
+    assert {n: p.shape for n, p in sketched.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
 
 
 @pytest.mark.parametrize(
