@@ -40,6 +40,7 @@ class Counter:
         for name, parameter in model.named_parameters():
             place = self.inside if name.startswith(f"{prefix}.") else self.outside
             place.append((tuple(parameter.shape), axes.get(name, ()), name))
+        self.separate_heads = any(axis.name == "heads" for found in axes.values() for axis in found)
         self.embeddings = sum(prod(shape) for shape, _, _ in self.outside)
 
     def count(self, sizes: Sizes, layers: int) -> int:
@@ -79,7 +80,7 @@ def candidates(
     old, layers = counter.old, counter.layers
     found, nearest = [], None
     for depth in range(layers, ceil((1 - max_depth) * layers) - 1, -2):
-        for heads, groups in _heads(model, old, max_width):
+        for heads, groups in _heads(counter, max_width):
             for channels in _multiples(old.channels, max_width, large=2048, steps=(256, 64)):
                 part = replace(old, channels=channels, heads=heads, groups=groups)
                 sizes = _fit_neurons(counter, part, depth, parameters, max_width)
@@ -118,9 +119,10 @@ def _multiples(size: int, most: float, *, large: int, steps: tuple[int, int]) ->
     return [size, *(n for n in range((size - 1) // step * step, 0, -step) if n >= (1 - most) * size)]
 
 
-def _heads(model: nn.Module, old: Sizes, most: float) -> list[tuple[int, int]]:
+def _heads(counter: Counter, most: float) -> list[tuple[int, int]]:
     """Numbers of query heads and groups; only the old one where the config has no place for others."""
-    if not any(axis.name == "heads" for axes in find_axes(model).values() for axis in axes):
+    old = counter.old
+    if not counter.separate_heads:
         return [(old.heads, old.groups)]
     if old.heads == old.groups:
         return [(n, n) for n in range(old.heads, 0, -1) if n >= (1 - most) * old.heads]

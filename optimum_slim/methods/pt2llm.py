@@ -39,11 +39,11 @@ from torch import Tensor, nn
 
 from .._kernels import pack_ternary
 from ..grid import Grid, solve_grids, sweep_codes
+from ..hessian import MAX_DAMPENING
 from ..packed import SCALE_DTYPES, TernaryLinear, linear_shape
 from ..step import LinearStep, register
 
 
-MAX_DAMPENING = 1.0
 ASYMMETRIC = {"refined": 0.25, "paper": 0.0}
 
 
