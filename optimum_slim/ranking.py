@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .axes import Sizes, find_axes
 from .importance import Importance
 from .walk import decoder_layers
+from .width import check_layout
 
 
 def kept_widths(old: Sizes, new: Sizes, layers: int, scores: Importance | None = None) -> dict[str, Any]:
@@ -58,8 +59,12 @@ def merge_heads(model: nn.Module, new: Sizes, scores: Tensor) -> None:
     Args:
         new: the widths to come.
         scores: (layers, heads).
+
+    Raises:
+        ValueError: how heads lie in the weights is not known. The model is unchanged then.
     """
     old, axes = Sizes.of(model.config), find_axes(model)
+    check_layout(model, axes, old)
     prefix, stack = decoder_layers(model)
     alone = old.heads == old.groups
     whole, stay = heads_together(old, new)

@@ -65,7 +65,7 @@ def narrow(
     for axis in kept.keys() - {"groups"}:
         _check_separate(model, axis, axes)
     if kept.keys() - {"channels"} and model.device.type != "meta":
-        _check_layout(model, axes, old)
+        check_layout(model, axes, old)
     before = built(model, model.config, "its own config")
     if correction is not None and channels is not None:
         _correct_epsilon(config, before, axes, old.channels / new.channels)
@@ -139,7 +139,7 @@ def _check_separate(model: nn.Module, axis: str, axes: dict[str, tuple[Axis, ...
         )
 
 
-def _check_layout(model: PreTrainedModel, axes: dict[str, tuple[Axis, ...]], old: Sizes) -> None:
+def check_layout(model: PreTrainedModel, axes: dict[str, tuple[Axis, ...]], old: Sizes) -> None:
     """Raise a `ValueError` unless the first decoder layer does the same with its neurons and heads in another order.
 
     How the parts of a fused matrix lie behind or between one another cannot be seen from shapes.

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from helpers import tiny_llama, token_ids
+from test_width import SOME, tiny
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from optimum_slim import PT2LLM, Heal, Minitron, SlimConfig, slim
@@ -93,6 +94,14 @@ def test_merged_heads_are_the_formula(groups):
             for i in range(2 * stay - whole + 1, stay + 1):  # from 1, as in the paper
                 expected[ranks[i - 1]] = 2 * old[ranks[i - 1]] - old[ranks[2 * stay - i + 1 - 1]]
         torch.testing.assert_close(new, expected)
+
+
+def test_heads_that_cannot_go_are_not_merged_either():
+    model = tiny("gpt_oss", **SOME["gpt_oss"][0])
+    expected = logits(model)
+    with pytest.raises(ValueError, match="how they lie in its weights is not known"):
+        slim(model, Minitron(num_attention_heads=2, merge_heads=True), data=TOKENS)
+    assert torch.equal(logits(model), expected)
 
 
 def test_equal_heads_merge_into_themselves():
