@@ -12,6 +12,7 @@ from its config with one width doubled: a dimension that changes belongs to that
 import copy
 from dataclasses import dataclass
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .layer_settings import text_config
@@ -57,6 +58,16 @@ def resized(config: PreTrainedConfig, sizes: Sizes) -> PreTrainedConfig:
     return cut
 
 
+def is_accepted(config: PreTrainedConfig, sizes: Sizes) -> bool:
+    """Whether the config's class takes these widths; Llama's wants hidden_size as a multiple of the heads."""
+    cut = resized(config, sizes)
+    try:
+        getattr(text_config(cut), "validate", lambda: None)()
+    except StrictDataclassError:
+        return False
+    return True
+
+
 @dataclass(frozen=True)
 class Axis:
     """One dimension of a parameter that is a width: `size` positions for each of its `count` members."""
@@ -78,7 +89,7 @@ def find_axes(model: PreTrainedModel) -> dict[str, tuple[Axis, ...]]:
     found: dict[str, tuple[Axis, ...]] = {}
     for axis in AXES:
         doubled = {axis: 2 * getattr(sizes, axis)} | ({"heads": 2 * sizes.heads} if axis == "groups" else {})
-        wide = shapes_of(built(model, resized(model.config, Sizes(**(vars(sizes) | doubled))), axis))
+        wide = shapes_of(built(model, resized(model.config, Sizes(**(vars(sizes) | doubled))), f"{axis} doubled"))
         for name, shape in whole.items():
             for dim, (before, after) in enumerate(zip(shape, wide[name], strict=True)):
                 known = {entry.dim: entry.name for entry in found.get(name, ())}
@@ -98,8 +109,10 @@ def built(model: PreTrainedModel, config: PreTrainedConfig, what: str) -> PreTra
     """A model of the same class from `config`, without weights; `what` tells what was changed, for the error."""
     try:
         return model_without_weights(type(model), config)
+    except StrictDataclassError as error:  # the first line names the validator only
+        raise ValueError(f"{type(model).__name__} cannot be built with {what}: {error.__cause__ or error}") from error
     except (ValueError, IndexError, KeyError, TypeError, RuntimeError, ZeroDivisionError) as error:
-        raise ValueError(f"{type(model).__name__} cannot be built with {what} changed: {error}") from error
+        raise ValueError(f"{type(model).__name__} cannot be built with {what}: {error}") from error
 
 
 def shapes_of(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:

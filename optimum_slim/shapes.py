@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from math import ceil, prod
 
 from torch import nn
+from transformers import PreTrainedConfig
 
-from .axes import Axis, Sizes, find_axes
+from .axes import Axis, Sizes, find_axes, is_accepted
 from .walk import decoder_layers
 
 
@@ -81,8 +82,7 @@ def candidates(
     found, nearest = [], None
     for depth in range(layers, ceil((1 - max_depth) * layers) - 1, -2):
         for heads, groups in _heads(counter, max_width):
-            for channels in _multiples(old.channels, max_width, large=2048, steps=(256, 64)):
-                part = replace(old, channels=channels, heads=heads, groups=groups)
+            for part in _channels(model.config, replace(old, heads=heads, groups=groups), max_width):
                 sizes = _fit_neurons(counter, part, depth, parameters, max_width)
                 shape = Shape(sizes, depth, counter.count(sizes, depth))
                 off = abs(shape.parameters - parameters) / parameters
@@ -108,14 +108,25 @@ def _unevenness(shape: Shape, old: Sizes, layers: int) -> float:
 
 def _fit_neurons(counter: Counter, sizes: Sizes, layers: int, parameters: int, max_width: float) -> Sizes:
     """The number of neurons that comes nearest to so many parameters."""
-    options = _multiples(sizes.neurons, max_width, large=4096, steps=(512, 64))
+    step = 512 if sizes.neurons >= 4096 else min(64, max(1, sizes.neurons // 8))
+    options = _multiples(sizes.neurons, max_width, step)
     counts = {n: counter.count(replace(sizes, neurons=n), layers) for n in options}
     return replace(sizes, neurons=min(counts, key=lambda n: abs(counts[n] - parameters)))
 
 
-def _multiples(size: int, most: float, *, large: int, steps: tuple[int, int]) -> list[int]:
-    """The size itself, and smaller multiples of a step: the second one below `large`, an eighth for tiny sizes."""
-    step = steps[0] if size >= large else min(steps[1], max(1, size // 8))
+def _channels(config: PreTrainedConfig, sizes: Sizes, most: float) -> list[Sizes]:
+    """The widths with as many channels and with fewer: multiples of the largest step with three that the config takes."""
+    step = 256 if sizes.channels >= 2048 else min(64, max(1, sizes.channels // 8))
+    while True:
+        widths = [replace(sizes, channels=n) for n in _multiples(sizes.channels, most, step)]
+        fit = [width for width in widths if is_accepted(config, width)]
+        if len(fit) > 3 or step <= 8:
+            return fit
+        step //= 2
+
+
+def _multiples(size: int, most: float, step: int) -> list[int]:
+    """The size itself, and its smaller multiples of a step."""
     return [size, *(n for n in range((size - 1) // step * step, 0, -step) if n >= (1 - most) * size)]
 
 

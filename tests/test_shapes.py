@@ -51,3 +51,11 @@ def test_a_model_without_separate_heads_keeps_them():
 def test_what_cannot_be_reached_is_said_with_the_nearest():
     with pytest.raises(ValueError, match="the nearest to be had"):
         candidates(tiny_llama(), 100)
+
+
+def test_only_widths_that_the_config_takes_are_candidates():
+    """Llama's config wants hidden_size to be a multiple of the number of heads."""
+    model = tiny_llama(num_hidden_layers=4, hidden_size=576, num_attention_heads=9, num_key_value_heads=3, head_dim=8)
+    found = candidates(model, round(0.75 * model.num_parameters()))
+    assert {shape.sizes.channels % shape.sizes.heads for shape in found} == {0}
+    assert any(shape.sizes.channels == 504 for shape in found)
