@@ -13,17 +13,16 @@
   (https://arxiv.org/abs/2403.17887): where layers were removed, the student's residual stream should equal the
   teacher's behind those layers. Here it is relative and counted per token, mean over tokens of
   ||teacher - student||² / ||teacher||², so that it has no unit, weighs the same in every model, and is not ruled by
-  the few tokens (the first above all) whose activations are a thousand times larger than the others'.
+  the few tokens (the first above all) whose activations are a thousand times larger than the others'. Other states,
+  another distance and other widths: `hidden_states.py`.
 
 Logits are the largest tensors of a training step: 2048 tokens times a vocabulary of 256k in fp32 is 2 GB, and plain
 PyTorch holds several such tensors for log-softmax, its gradient and the copies in fp32. `token_loss` holds one: it
 computes loss and gradient together for a few rows at a time in fp32 and keeps the gradient in the logits' own dtype.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .block import evaluating
-from .walk import decoder_layers
+from .hidden_states import DISTANCES, hidden_distance, outputs
 
 
 DIVERGENCES = ("forward", "reverse")
@@ -63,9 +62,12 @@ class Distillation:
         temperature (`float`): divides both models' logits in the Kullback-Leibler term. Default: 1.
         kl_weight (`float`): share of that term in [0, 1]; the rest goes to the next-token loss. Default: 1.
         divergence (`str`): `"forward"`, KL(teacher || student), or `"reverse"`.
-        hidden_weight (`float`): weight of the hidden term. Default: 0, which leaves it out.
+        hidden_weight (`float` or `"dynamic"`): weight of the hidden term. Default: 0, which leaves it out. "dynamic"
+            is Minitron's: at every step the weight that makes the hidden term as large as the rest.
         seams: pairs `(student_layer, teacher_layer)`, 0-based: the outputs of these decoder layers are compared. If
-            teacher layers a to b were removed, the seam is `(a - 1, b)`.
+            teacher layers a to b were removed, the seam is `(a - 1, b)`; -1 stands for the embeddings.
+        hidden_distance (`str`): `"relative"` or `"cosine"`, see `hidden_states.py`; a student of another width is to
+            be trained inside `hidden_states.projected`.
 
     Raises:
         ValueError: a weight or temperature out of range, or a hidden term without seams. When called: different
@@ -76,8 +78,9 @@ class Distillation:
     temperature: float = 1.0
     kl_weight: float = 1.0
     divergence: str = "forward"
-    hidden_weight: float = 0.0
+    hidden_weight: float | str = 0.0
     seams: Sequence[tuple[int, int]] = ()
+    hidden_distance: str = "relative"
 
     def __post_init__(self):
         object.__setattr__(self, "seams", tuple((int(ours), int(theirs)) for ours, theirs in self.seams))
@@ -88,8 +91,7 @@ class Distillation:
         check_divergence(self.divergence)
         if not 0 <= self.kl_weight <= 1:
             raise ValueError(f"kl_weight must be between 0 and 1, found {self.kl_weight}")
-        if not self.hidden_weight >= 0:
-            raise ValueError(f"hidden_weight must not be negative, found {self.hidden_weight}; 0 leaves the term out")
+        check_hidden(self.hidden_weight, self.hidden_distance)
         if self.hidden_weight and not self.seams:
             raise ValueError("hidden_weight needs seams=[(student_layer, teacher_layer), ...] to compare; found none")
         if not self.kl_weight and not self.hidden_weight:
@@ -102,18 +104,25 @@ class Distillation:
         with (
             torch.no_grad(),
             evaluating(self.teacher),
-            _outputs(self.teacher, [theirs for _, theirs in seams], "teacher") as taught,
+            outputs(unwrapped(self.teacher), [theirs for _, theirs in seams], "teacher") as taught,
         ):
             target = self.teacher(input_ids=input_ids.to(device), use_cache=False).logits
-        with _outputs(model, [ours for ours, _ in seams], "student") as learned:
+        student = unwrapped(model)
+        with outputs(student, [ours for ours, _ in seams], "student") as learned:
             logits = model(input_ids=input_ids, use_cache=False).logits
         target = target.to(logits.device) if self.kl_weight else None
         settings = {"temperature": self.temperature, "kl_weight": self.kl_weight, "divergence": self.divergence}
         loss = token_loss(logits, input_ids, target, **settings)
         if not seams:
             return loss
-        distances = [_distance(learned[ours], taught[theirs]).to(loss.device) for ours, theirs in seams]
-        return loss + self.hidden_weight * torch.stack(distances).mean()
+        distances = [
+            hidden_distance(student, learned[ours], taught[theirs], self.hidden_distance).to(loss.device)
+            for ours, theirs in seams
+        ]
+        hidden = torch.stack(distances).mean()
+        if self.hidden_weight == "dynamic":
+            return loss + (loss / hidden.clamp(min=torch.finfo(torch.float32).tiny)).detach() * hidden
+        return loss + self.hidden_weight * hidden
 
 
 def token_loss(
@@ -159,6 +168,14 @@ def check_divergence(name: str) -> None:
     """Raise a `ValueError` unless it is one of `DIVERGENCES`."""
     if name not in DIVERGENCES:
         raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}, found {name!r}")
+
+
+def check_hidden(weight: float | str, distance: str) -> None:
+    """Raise a `ValueError` unless these are a weight and a distance of a hidden term."""
+    if weight != "dynamic" and (isinstance(weight, str) or not weight >= 0):
+        raise ValueError(f"hidden_weight must be 'dynamic' or a number of at least 0, found {weight!r}")
+    if distance not in DISTANCES:
+        raise ValueError(f"hidden_distance must be one of {', '.join(DISTANCES)}, found {distance!r}")
 
 
 class _TokenLoss(torch.autograd.Function):
@@ -216,39 +233,6 @@ def _rows(
         part.mul_(kl_weight * temperature)
         slope = part if slope is None else slope.add_(part)
     return value, slope
-
-
-def _distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean over tokens of ||teacher - student||² / ||teacher||², of hidden states (batch, length, hidden)."""
-    if student.shape != teacher.shape:
-        raise ValueError(
-            f"student and teacher have hidden states of different shapes at a seam, {tuple(student.shape)} and "
-            f"{tuple(teacher.shape)}; set hidden_weight=0 for models of different widths"
-        )
-    teacher = teacher.to(student.device).float()
-    lost, norm = (states.square().sum(-1) for states in (teacher - student.float(), teacher))
-    return (lost / norm.clamp(min=torch.finfo(torch.float32).tiny)).mean()
-
-
-@contextmanager
-def _outputs(model: nn.Module, layers: Sequence[int], whose: str) -> Iterator[dict[int, Tensor]]:
-    """Collect what the given decoder layers of `model` put out while the context lasts."""
-    found: dict[int, Tensor] = {}
-    handles = []
-    try:
-        if layers:
-            _, stack = decoder_layers(unwrapped(model))
-            if wrong := [layer for layer in layers if not 0 <= layer < len(stack)]:
-                raise ValueError(f"seams name {whose} layer {wrong[0]}, but its layers are 0 to {len(stack) - 1}")
-            handles = [stack[layer].register_forward_hook(partial(_keep, found, layer)) for layer in set(layers)]
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _keep(found: dict[int, Tensor], layer: int, module: nn.Module, args: tuple, output: Any) -> None:
-    found[layer] = output[0] if isinstance(output, tuple) else output
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -115,7 +115,7 @@ def _fit_neurons(counter: Counter, sizes: Sizes, layers: int, parameters: int, m
 
 
 def _channels(config: PreTrainedConfig, sizes: Sizes, most: float) -> list[Sizes]:
-    """The widths with as many channels and with fewer: multiples of the largest step with three that the config takes."""
+    """As many channels and fewer: multiples of the largest step of which the config takes three."""
     step = 256 if sizes.channels >= 2048 else min(64, max(1, sizes.channels // 8))
     while True:
         widths = [replace(sizes, channels=n) for n in _multiples(sizes.channels, most, step)]

@@ -42,9 +42,24 @@ def seams(student: nn.Module, teacher: nn.Module) -> list[tuple[int, int]]:
     owner = {id(parameter): index for index, layer in enumerate(theirs) for parameter in layer.parameters()}
     kept = [next((owner[id(p)] for p in layer.parameters() if id(p) in owner), None) for layer in ours]
     if None in kept:
-        raise ValueError("hidden_weight cannot tell which layers were removed; put Heal right after Depth")
+        raise ValueError(
+            "hidden_weight cannot tell which layers were removed, because this model has weights of its own; pass "
+            "hidden_layers='ends', or pairs of layers"
+        )
     following = pairwise([*kept, len(theirs)])
     return [(index, after - 1) for index, (layer, after) in enumerate(following) if after != layer + 1]
+
+
+def ends(student: nn.Module, teacher: nn.Module) -> list[tuple[int, int]]:
+    """Minitron's pairs for a student of far fewer layers: the embeddings, and the layer two before the last.
+
+    Raises:
+        ValueError: fewer than three layers.
+    """
+    layers = [len(decoder_layers(model)[1]) for model in (student, teacher)]
+    if min(layers) < 3:
+        raise ValueError(f"hidden_layers='ends' needs models of at least 3 layers, found {min(layers)}")
+    return [(-1, -1), (layers[0] - 3, layers[1] - 3)]
 
 
 def require_peft() -> None:

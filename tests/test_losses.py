@@ -174,7 +174,9 @@ def test_a_peft_student_is_compared_at_its_own_layers():
     [
         ({"temperature": 0.0}, "temperature must be positive"),
         ({"kl_weight": 1.5}, "between 0 and 1"),
-        ({"hidden_weight": -1.0}, "must not be negative"),
+        ({"hidden_weight": -1.0}, "number of at least 0"),
+        ({"hidden_weight": "adaptive"}, "must be 'dynamic'"),
+        ({"hidden_distance": "l1"}, "relative, cosine"),
         ({"hidden_weight": 1.0}, "needs seams="),
         ({"kl_weight": 0.0}, "use next_token_loss"),
     ],
@@ -189,9 +191,9 @@ def test_settings_that_cannot_work_are_refused(settings, message):
     ("student", "seams", "message"),
     [
         ({"vocab_size": 120}, [(0, 0)], "same vocabulary"),
-        ({"hidden_size": 32}, [(0, 0)], "hidden_weight=0 for models of different widths"),
+        ({"hidden_size": 32}, [(0, 0)], "or set hidden_weight=0"),
         ({}, [(2, 0)], "seams name student layer 2, but its layers are 0 to 1"),
-        ({}, [(0, -1)], "seams name teacher layer -1"),
+        ({}, [(0, -2)], "seams name teacher layer -2"),
     ],
     ids=["vocabulary", "width", "student layer", "teacher layer"],
 )

@@ -213,6 +213,8 @@ def test_packed_layers_and_norms_with_a_mean_are_refused():
 
 def test_a_width_that_the_config_class_does_not_take_is_refused_with_its_reason():
     model = tiny_llama()
-    with pytest.raises(ValueError, match=r"hidden size \(50\) is not a multiple of the number of attention heads \(4\)"):
+    with pytest.raises(
+        ValueError, match=r"hidden size \(50\) is not a multiple of the number of attention heads \(4\)"
+    ):
         narrow(model, channels=torch.arange(50))
     assert model.config.hidden_size == 64

@@ -19,8 +19,10 @@ weights rounded to their grid, so that the loss that chooses the best state is t
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -28,7 +30,9 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
 from ..calibration import Calibration
-from ..losses import Distillation, check_divergence, next_token_loss
+from ..hidden_states import projected
+from ..losses import Distillation, check_divergence, check_hidden, next_token_loss
+from ..memory import shared_copy
 from ..packed import linear_shape
 from ..sparse import SparseLinear
 from ..sparse_training import is_sparse, sparse_stand_ins, trained_values
@@ -36,6 +40,7 @@ from ..step import Step, StepReport, register
 from ..student import (
     add_adapters,
     differentiable,
+    ends,
     feed_forward_layers,
     merge_delta,
     own_tensors,
@@ -48,6 +53,8 @@ from ..train import FitReport, fit, usual_precision
 
 METHODS = ("lora", "qlora", "full", "norms")
 LOSSES = ("distill", "next_token")
+CORRECTION = 5  # how many times smaller the teacher's learning rate is (arXiv 2408.11796)
+OF_THE_TEACHER = ("kl_weight", "divergence", "hidden_weight", "hidden_distance", "hidden_layers", "teacher_steps")
 
 
 @register("heal", paper="The Unreasonable Ineffectiveness of the Deeper Layers (arXiv 2403.17887), Section 3 and A.2")
@@ -67,7 +74,14 @@ class Heal(Step):
         batch_size (`int`): sequences per optimizer step; `micro_batch_size` of them go through the model at once.
         learning_rate, warmup_steps, weight_decay, max_grad_norm: AdamW under a cosine with linear warm-up, of at most
             a fifth of the steps.
-        temperature, kl_weight, divergence, hidden_weight: of the distillation, see `Distillation`.
+        temperature, kl_weight, divergence: of the distillation, see `Distillation`.
+        hidden_weight (`float` or `"dynamic"`), hidden_distance: of its term on hidden states.
+        hidden_layers (`str` or pairs of `int`): which states those are: `"seams"` where layers were removed, `"ends"`
+            (Minitron's: the embeddings and the layer two before the last), or pairs (student's layer, teacher's), from
+            0, -1 for the embeddings.
+        teacher_steps (`int`): Minitron's teacher correction (arXiv 2408.11796, Section 3.1): a copy of the teacher is
+            first trained in full on the same data, by next-token loss at a fifth of `learning_rate`. For data that the
+            teacher was not trained on; needs three more copies of its weights in fp32 for as long as that lasts.
         samples, length (`int`, *optional*): of the training data; by default those of the recipe's calibration.
         held_out (`float`): share of the samples that is kept apart; the best state on it is what is kept.
         evaluate_every, patience: steps between evaluations, and how many without progress end the training.
@@ -98,7 +112,10 @@ class Heal(Step):
     temperature: float = 1.0
     kl_weight: float = 1.0
     divergence: str = "forward"
-    hidden_weight: float = 0.0
+    hidden_weight: float | str = 0.0
+    hidden_distance: str = "relative"
+    hidden_layers: str | tuple[tuple[int, int], ...] = "seams"
+    teacher_steps: int = 0
     samples: int | None = None
     length: int | None = None
     held_out: float = 0.05
@@ -129,7 +146,17 @@ class Heal(Step):
         check_divergence(self.divergence)
         if not 0 <= self.kl_weight <= 1:
             raise ValueError(f"kl_weight must be in [0, 1], found {self.kl_weight!r}")
-        for name in ("hidden_weight", "kl_weight", "divergence"):
+        check_hidden(self.hidden_weight, self.hidden_distance)
+        if isinstance(self.hidden_layers, str):
+            if self.hidden_layers not in ("seams", "ends"):
+                raise ValueError(
+                    f"hidden_layers must be 'seams', 'ends' or pairs of layers, found {self.hidden_layers!r}"
+                )
+        else:
+            object.__setattr__(self, "hidden_layers", tuple((int(a), int(b)) for a, b in self.hidden_layers))
+        if type(self.teacher_steps) is not int or self.teacher_steps < 0:
+            raise ValueError(f"teacher_steps must be an integer of at least 0, found {self.teacher_steps!r}")
+        for name in OF_THE_TEACHER:
             if getattr(self, name) != getattr(Heal, name) and self.loss != "distill":
                 raise ValueError(f"{name} is about the unpruned model; it needs loss='distill'")
         if self.quantization is not None and self.method != "qlora":
@@ -174,6 +201,10 @@ class Heal(Step):
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.manual_seed(self.seed)
             loss = self._loss(model, teacher)
+            notes = []
+            if self.teacher_steps:
+                corrected, note = self._corrected(teacher, tokens, journal)
+                loss, notes = dataclasses.replace(loss, teacher=corrected), [note]
             train = self._train_adapters if self.method in ("lora", "qlora") else self._train_weights
             try:
                 rows, report = train(model, tokens, loss, journal)
@@ -181,7 +212,7 @@ class Heal(Step):
                 if not getattr(model, "_hf_peft_config_loaded", False):
                     for name, parameter in model.named_parameters():
                         parameter.requires_grad_(flags[name])
-        notes = [self._note(report)]
+        notes.append(self._note(report))
         if sparse:
             notes.append(f"{len(sparse)} sparse layers kept their mask: no dropped weight came back")
         return StepReport(self.to_dict(), time.perf_counter() - start, rows, notes, {"healing": report.history})
@@ -189,35 +220,58 @@ class Heal(Step):
     def _loss(self, model: nn.Module, teacher: nn.Module | None):
         if self.loss == "next_token":
             return next_token_loss
-        found = seams(model, teacher) if self.hidden_weight else ()
-        if self.hidden_weight and not found:
-            raise ValueError(
-                "hidden_weight compares what leaves the layers before the removed ones, and there are none; use "
-                "hidden_weight=0"
-            )
-        return Distillation(teacher, self.temperature, self.kl_weight, self.divergence, self.hidden_weight, found)
+        pairs = ()
+        if self.hidden_weight:
+            find = {"seams": seams, "ends": ends}.get(self.hidden_layers)
+            pairs = self.hidden_layers if find is None else find(model, teacher)
+            if not pairs:
+                raise ValueError(
+                    "hidden_weight compares what leaves the layers before the removed ones, and there are none; use "
+                    "hidden_weight=0 or hidden_layers='ends'"
+                )
+        return Distillation(
+            teacher,
+            self.temperature,
+            self.kl_weight,
+            self.divergence,
+            self.hidden_weight,
+            pairs,
+            self.hidden_distance,
+        )
+
+    def _corrected(self, teacher: nn.Module, tokens: Tensor, journal) -> tuple[nn.Module, str]:
+        """A copy of the teacher that was trained on the data itself, and what became of its loss."""
+        corrected, plain = shared_copy(teacher), {name: getattr(Heal, name) for name in OF_THE_TEACHER}
+        plain |= {"method": "full", "loss": "next_token", "merge": True, "quantization": None}
+        step = dataclasses.replace(
+            self, **plain, steps=self.teacher_steps, learning_rate=self.learning_rate / CORRECTION
+        )
+        report = step.apply(corrected, tokens, journal=None if journal is None else Path(journal) / "teacher")
+        return corrected, f"teacher corrected on the data: {report.notes[0].partition(': ')[2]}"
 
     def _fit(self, model: nn.Module, tokens: Tensor, loss, journal, dtype: torch.dtype) -> FitReport:
-        return fit(
-            model,
-            tokens,
-            loss,
-            steps=self.steps,
-            learning_rate=self.learning_rate,
-            batch_size=self.batch_size,
-            micro_batch_size=self.micro_batch_size,
-            warmup_steps=self.warmup_steps,
-            weight_decay=self.weight_decay,
-            max_grad_norm=self.max_grad_norm,
-            held_out=self.held_out,
-            evaluate_every=self.evaluate_every,
-            patience=self.patience,
-            activation_checkpointing=self.activation_checkpointing,
-            mixed_precision=usual_precision(dtype, model.device),
-            seed=self.seed,
-            journal=journal,
-            description=f"healing ({self.method}, {self.loss})",
-        )
+        between = projected(model, loss.teacher) if self.hidden_weight else contextlib.nullcontext()
+        with between:
+            return fit(
+                model,
+                tokens,
+                loss,
+                steps=self.steps,
+                learning_rate=self.learning_rate,
+                batch_size=self.batch_size,
+                micro_batch_size=self.micro_batch_size,
+                warmup_steps=self.warmup_steps,
+                weight_decay=self.weight_decay,
+                max_grad_norm=self.max_grad_norm,
+                held_out=self.held_out,
+                evaluate_every=self.evaluate_every,
+                patience=self.patience,
+                activation_checkpointing=self.activation_checkpointing,
+                mixed_precision=usual_precision(dtype, model.device),
+                seed=self.seed,
+                journal=journal,
+                description=f"healing ({self.method}, {self.loss})",
+            )
 
     def _train_weights(self, model, tokens, loss, journal) -> tuple[list[dict], FitReport]:
         """Train all weights, or the norms', in fp32 copies that then take the dtype the weights had."""
