@@ -1,6 +1,6 @@
 """Minitron on SmolLM2-135M-Instruct: width against depth against both, distillation against its controls.
 
-    python benchmarks/minitron_ppl.py [--parts untrained trained peer speed] [--rows NAME ...] [--steps 96]
+    python benchmarks/minitron_ppl.py [--parts untrained trained peer speed] [--rows NAME ...] [--steps 72]
 
 WikiText-2 test text, tokenized once, the first 16 non-overlapping windows of 1024 tokens, bf16. Importance is
 measured, and models are trained, on windows of 512 tokens of the validation text; every trained row has the same
@@ -8,12 +8,13 @@ budget, --steps of 2 windows, full weights. `share` is that of the parameters ou
 finished row goes into results/minitron_ppl.csv at once, so that rows can be made in several runs; the page and the
 picture are made from it, and the page keeps its notes.
 
-    untrained   shapes of about 75 %, with and without the correction of norms and the merge of heads
+    untrained   shapes of about 75 %, with and without what is beyond the papers, and with the merge of heads
     trained     the rows below
     peer        `optipfair` (if it is installed): as many neurons, chosen by each of its methods, without training
     speed       decode and prefill of the trained shapes in turns with the dense model, and bytes on disk
 
     width, width-hidden, depth, mixed   75 % by fewer neurons; also fewer channels; fewer layers; neurons and layers
+    width-plain                         the first without compensation of what was cut
     width-ce                            control: pruned in width, trained by next-token loss without the teacher
     random                              control: the narrow shape with random weights, distilled
     half                                50 % in one step, the best of `Minitron(ratio=0.5)`
@@ -61,7 +62,7 @@ UNTRAINED = {
     "mixed-28": {"intermediate_size": 1152, "num_hidden_layers": 28},
     "width-heads": {"intermediate_size": 1152, "num_attention_heads": 6},
 }
-TRAINED = (*SHAPES, "width-ce", "random", "half", "half-chain", "width-corrected", "dense-ce")
+TRAINED = (*SHAPES, "width-plain", "width-ce", "random", "half", "half-chain", "width-corrected", "dense-ce")
 PEER = {"optipfair, MAW with data": ("MAW", True), **{f"optipfair, {m}": (m, False) for m in ("MAW", "VOW", "PON")}}
 
 
@@ -76,6 +77,7 @@ class Bench:
         dense = self.load()
         text = Calibration(source=str(options.training_text), samples=options.samples, length=512)
         self.tokens = text.tokens(dense, tokenizer)
+        self.few = self.tokens[: options.scored]
         self.embeddings = dense.get_input_embeddings().weight.numel()
         self.whole = dense.num_parameters() - self.embeddings
         self.path, self.rows = options.out / "minitron_ppl.csv", {}
@@ -95,7 +97,7 @@ class Bench:
     def minitron(self, **fields) -> Minitron:
         """The step, by scores that are measured once."""
         if not self.scores.is_file():
-            importance(self.load(), self.tokens[: self.options.scored]).save(self.scores)
+            importance(self.load(), self.few).save(self.scores)
         return Minitron(scores=self.scores, **fields)
 
     def sizes(self, name: str) -> dict[str, int]:
@@ -179,13 +181,18 @@ class Bench:
 
 
 def untrained(bench: Bench) -> None:
+    plain = {"norm_correction": False, "compensate": False}
     for name, fields in UNTRAINED.items():
-        more = {"": {}}
-        more |= {", norm_correction": {"norm_correction": True}} if "hidden_size" in fields else {}
-        more |= {", merge_heads": {"merge_heads": True}} if "num_attention_heads" in fields else {}
+        more = {"": plain}
+        if "hidden_size" in fields:
+            more[", norm_correction"] = plain | {"norm_correction": True}
+        if "num_attention_heads" in fields:
+            more[", merge_heads"] = plain | {"merge_heads": True}
+        if fields.keys() & {"intermediate_size", "num_attention_heads"}:
+            more[", compensate"] = {}
         for words, settings in more.items():
             model = bench.load()
-            slim(model, bench.minitron(**fields, **settings), data=bench.tokens)
+            slim(model, bench.minitron(**fields, **settings), data=bench.few)
             bench.add(f"{name}{words} (untrained)", model, untrained=bench.perplexity(model))
 
 
@@ -194,21 +201,24 @@ def trained(bench: Bench) -> None:
         dense, model, more = bench.load(), bench.load(), {}
         heal, budget = bench.heal(), 1
         if name in SHAPES:
-            slim(model, bench.minitron(**SHAPES[name], norm_correction=True), data=bench.tokens)
+            slim(model, bench.minitron(**SHAPES[name]), data=bench.few)
+        elif name == "width-plain":
+            slim(model, bench.minitron(**SHAPES["width"], compensate=False), data=bench.few)
         elif name.startswith("width"):
-            slim(model, bench.minitron(**SHAPES["width"]), data=bench.tokens)
+            slim(model, bench.minitron(**SHAPES["width"]), data=bench.few)
             more = {"loss": "next_token"} if name == "width-ce" else {"teacher_steps": bench.options.steps // 2}
         elif name == "random":
-            slim(model, bench.minitron(**SHAPES["width"]), data=bench.tokens)
+            slim(model, bench.minitron(**SHAPES["width"], compensate=False), data=bench.few)
             torch.manual_seed(0)
             model = AutoModelForCausalLM.from_config(model.config, dtype=torch.bfloat16).eval()
         elif name == "half":
-            report = slim(model, bench.minitron(ratio=0.5, norm_correction=True), data=bench.tokens)
+            report = slim(model, bench.minitron(ratio=0.5), data=bench.few)
             for row in report.steps[0].tables["shapes"]:
                 print(row, flush=True)
         elif name == "half-chain":
-            slim(model, [bench.minitron(**SHAPES["width"]), heal], data=bench.tokens)
-            slim(model, Minitron(intermediate_size=512), data=bench.tokens[: bench.options.scored])
+            slim(model, bench.minitron(**SHAPES["width"]), data=bench.few)
+            heal.apply(model, bench.tokens, teacher=dense)
+            slim(model, Minitron(intermediate_size=512), data=bench.few)
             budget = 2
         else:
             more = {"loss": "next_token"}
@@ -228,7 +238,7 @@ def peer(bench: Bench) -> None:
         return
     for name, (method, data) in PEER.items():
         model = bench.load()
-        loader = [{"input_ids": ids} for ids in bench.tokens[: bench.options.scored].split(8)] if data else None
+        loader = [{"input_ids": ids} for ids in bench.few.split(8)] if data else None
         share = 100 * (1 - SHAPES["width"]["intermediate_size"] / model.config.intermediate_size)
         settings = {"pruning_percentage": share, "dataloader": loader, "show_progress": False}
         model = prune_model(model, neuron_selection_method=method, **settings)
@@ -239,7 +249,7 @@ def speed(bench: Bench) -> None:
     models = {"dense": bench.load()}
     for name, fields in (SHAPES | {"half": bench.sizes("half")}).items():
         models[name] = bench.load()
-        slim(models[name], bench.minitron(**fields), data=bench.tokens)
+        slim(models[name], bench.minitron(**fields, compensate=False), data=bench.few)
     found = measure_speed(list(models.values()), prompt_tokens=128, generate_tokens=64, repeats=7)
     lines = [
         "# Speed and size of SmolLM2-135M-Instruct made narrower and shallower",
@@ -269,7 +279,7 @@ def main() -> None:
     parser.add_argument("--training-text", type=Path, default=DATA / "wiki.valid.tokens")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--rows", nargs="+", choices=TRAINED, default=TRAINED)
-    parser.add_argument("--steps", type=int, default=96, help="optimizer steps of 2 x 512 tokens")
+    parser.add_argument("--steps", type=int, default=72, help="optimizer steps of 2 x 512 tokens")
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--samples", type=int, default=256, help="windows to train on")
     parser.add_argument("--scored", type=int, default=64, help="windows by which importance is measured")

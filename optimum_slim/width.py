@@ -211,7 +211,7 @@ def _alone(index: Tensor, axis: Axis, name: str) -> Tensor:
     return index
 
 
-def _runs(index: Tensor, unit: int) -> Tensor:
+def runs(index: Tensor, unit: int) -> Tensor:
     """Each index as `unit` neighbouring positions."""
     return (index[:, None] * unit + torch.arange(unit, device=index.device)).flatten()
 
@@ -221,10 +221,10 @@ def _heads(query: Tensor, groups: Tensor, axis: Axis, old: Sizes, name: str) -> 
     size = old.head_dim
     q, kv = old.heads * size, old.groups * size
     if axis.size == (q if axis.name == "heads" else kv):
-        return _runs(query if axis.name == "heads" else groups, size)
+        return runs(query if axis.name == "heads" else groups, size)
     if axis.size == q + 2 * kv and "qkv" in name:
-        keys = _runs(groups, size)
-        return torch.cat([_runs(query, size), q + keys, q + kv + keys])
+        keys = runs(groups, size)
+        return torch.cat([runs(query, size), q + keys, q + kv + keys])
     if axis.size == axis.count:  # a number for each head
         return query if axis.name == "heads" else groups
     raise ValueError(f"{name} has {axis.size} positions for {axis.count} {axis.name}, and how they lie is not known")
@@ -236,7 +236,7 @@ def _correct(model: nn.Module, axes: dict, tensors: dict[int, nn.Parameter], rat
         if not is_norm_of_channels(path, module, axes):
             continue
         weight = module.weight
-        if "rms" not in type(module).__name__.lower():
+        if not _is_rms(module):
             raise ValueError(
                 f"{path} is a {type(module).__name__}, which subtracts a mean: no factor makes up for its missing "
                 "channels; pass correction=None"
@@ -244,6 +244,16 @@ def _correct(model: nn.Module, axes: dict, tensors: dict[int, nn.Parameter], rat
         offset = _added_one(module)
         scaled = (tensors[id(weight)].data.float() + offset) * math.sqrt(ratio) - offset
         tensors[id(weight)] = nn.Parameter(scaled.to(weight.dtype), weight.requires_grad)
+
+
+def has_rms_norms(model: PreTrainedModel) -> bool:
+    """Whether all norms over the channels are RMS norms, so that `narrow` can correct them."""
+    axes = find_axes(model)
+    return all(_is_rms(module) for path, module in model.named_modules() if is_norm_of_channels(path, module, axes))
+
+
+def _is_rms(norm: nn.Module) -> bool:
+    return "rms" in type(norm).__name__.lower()
 
 
 def is_norm_of_channels(path: str, module: nn.Module, axes: dict[str, tuple[Axis, ...]]) -> bool:

@@ -31,7 +31,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..axes import Sizes
+from ..axes import Sizes, find_axes
+from ..compensation import compensate
 from ..evaluate import perplexity
 from ..importance import AGGREGATES, Importance, importance
 from ..memory import shared_copy
@@ -40,7 +41,7 @@ from ..shapes import Counter, Shape, candidates
 from ..step import Step, StepReport, register
 from ..surgery import drop_layers
 from ..walk import decoder_layers
-from ..width import narrow
+from ..width import check_layout, has_rms_norms, narrow
 from .heal import Heal
 
 
@@ -70,7 +71,10 @@ class Minitron(Step):
             of magnitudes, `"l2"` or `"variance"`.
         merge_heads (`bool`): add to the last kept query heads of a group what tells them from the dropped ones, as the
             paper does (its authors' code does not); at most half of a group can go then.
-        norm_correction (`bool`): scale the norms to the share of the residual stream's energy that stays.
+        norm_correction (`bool`, *optional*): scale the norms to the share of the residual stream's energy that stays;
+            by default where that is possible, with RMS norms.
+        compensate (`bool`): fit the down and output projections to the neurons and heads that stay, by least squares
+            on the calibration data (`compensation.py`). Takes as long as two or three passes over them.
         batch_size (`int`): samples per forward pass.
 
     Raises:
@@ -89,7 +93,8 @@ class Minitron(Step):
     scores: str | None = None
     aggregate: tuple[str, str] = ("l2", "mean")
     merge_heads: bool = False
-    norm_correction: bool = False
+    norm_correction: bool | None = None
+    compensate: bool = True
     batch_size: int = 8
 
     before_packing: ClassVar[bool] = True
@@ -122,7 +127,7 @@ class Minitron(Step):
 
     @property
     def needs_data(self) -> bool:
-        return self.scores is None or self.params is not None or self.ratio is not None
+        return self.scores is None or self.compensate or self.params is not None or self.ratio is not None
 
     def shapes(self, model: nn.Module) -> list[Shape]:
         """What the model may be cut to: the sizes asked for, or those with about so many parameters."""
@@ -183,7 +188,7 @@ class Minitron(Step):
         table = self._search(model, tokens, shapes, scores) if len(shapes) > 1 else []
         best = min(range(len(shapes)), key=lambda i: table[i]["perplexity"]) if table else 0
         shape, layers = shapes[best], len(stack)
-        dropped, energy = self._cut(model, shape, scores)
+        dropped, energy = self._cut(model, shape, scores, tokens if self.compensate else None)
         rows = [{"name": f"{prefix}.{i}", "block_influence": value.item()} for i, value in enumerate(scores.layers)]
         notes = [f"{before:,} parameters became {model.num_parameters():,}"]
         changed = [
@@ -219,18 +224,31 @@ class Minitron(Step):
                 )
         return scores
 
-    def _cut(self, model: nn.Module, shape: Shape, scores: Importance) -> tuple[list[int], float | None]:
-        """Give `model` this shape; the layers that went, and the share of the stream's energy that stayed."""
-        count, energy = len(decoder_layers(model)[1]), None
-        kept = kept_widths(Sizes.of(model.config), shape.sizes, count, scores)
+    def _cut(
+        self, model: nn.Module, shape: Shape, scores: Importance, tokens: Tensor | None = None
+    ) -> tuple[list[int], float | None]:
+        """Give `model` this shape; the layers that went, and the share of the stream's energy that stayed.
+
+        With `tokens`, what stays makes up for what went.
+        """
+        count, energy, old = len(decoder_layers(model)[1]), None, Sizes.of(model.config)
+        kept = kept_widths(old, shape.sizes, count, scores)
+        if kept.keys() - {"channels"}:
+            check_layout(model, find_axes(model), old)  # before anything changes
+        dropped = sorted(scores.layers.argsort(stable=True)[: count - shape.layers].tolist())
+        drop_layers(model, dropped)
+        stay = [layer for layer in range(count) if layer not in dropped]
+        kept |= {axis: [kept[axis][layer] for layer in stay] for axis in kept.keys() - {"channels"}}
         if "channels" in kept:
             energy = float(scores.energy[kept["channels"]].sum() / scores.energy.sum())
         if self.merge_heads and "heads" in kept:
-            merge_heads(model, shape.sizes, scores.heads)
+            merge_heads(model, shape.sizes, scores.heads[stay])
+        inner = {axis: kept[axis] for axis in ("neurons", "heads") if axis in kept}
+        if inner and tokens is not None:
+            compensate(model, tokens, **inner, batch_size=self.batch_size)
         if kept:
-            narrow(model, **kept, correction=energy if self.norm_correction else None)
-        dropped = sorted(scores.layers.argsort(stable=True)[: count - shape.layers].tolist())
-        drop_layers(model, dropped)
+            corrected = has_rms_norms(model) if self.norm_correction is None else self.norm_correction
+            narrow(model, **kept, correction=energy if corrected else None)
         return dropped, energy
 
     def _search(self, model: nn.Module, tokens: Tensor, shapes: list[Shape], scores: Importance) -> list[dict]:
