@@ -97,6 +97,7 @@ def test_recipes_in_examples_load():
     names = {path.name: [step.name for step in SlimConfig.from_yaml(path).steps] for path in RECIPES}
     assert names == {
         "bitnet.yaml": ["bitnet"],
+        "chain.yaml": ["minitron", "heal", "minitron", "heal"],
         "shallow.yaml": ["depth", "heal"],
         "sparse.yaml": ["sparsegpt"],
         "ternary.yaml": ["pt2llm"],

@@ -74,6 +74,43 @@ def test_the_corrected_norms_come_closer():
     assert errors[1] < errors[0]
 
 
+def test_norms_are_corrected_by_default_where_they_can_be():
+    for kind, possible in (("llama", True), ("cohere", False)):
+        models = []
+        for settings in ({}, {"norm_correction": possible}):
+            model = tiny(kind)
+            slim(model, Minitron(hidden_size=48, **settings), data=TOKENS)
+            models.append(logits(model))
+        assert torch.equal(*models)
+    with pytest.raises(ValueError, match="subtracts a mean"):
+        slim(tiny("cohere"), Minitron(hidden_size=48, norm_correction=True), data=TOKENS)
+
+
+@pytest.mark.parametrize("sizes", [{"intermediate_size": 40}, {"num_attention_heads": 2, "num_hidden_layers": 2}])
+def test_compensation_comes_closer_on_other_data(sizes):
+    errors, other = [], token_ids(8, 16, seed=1)
+    for compensate in (False, True):
+        model = tiny_llama(num_hidden_layers=3, initializer_range=0.2)
+        with torch.no_grad():
+            expected = model(other).logits
+            slim(model, Minitron(**sizes, compensate=compensate), data=token_ids(64, 16))
+            errors.append((model(other).logits - expected).norm())
+    assert errors[1] < errors[0]
+
+
+def test_a_chain_goes_on_from_what_was_healed_with_the_first_model_as_teacher():
+    model = tiny_llama(num_hidden_layers=3, initializer_range=0.1)
+    heal = Heal(method="full", steps=20, batch_size=8, learning_rate=5e-4, evaluate_every=5, held_out=0.2)
+    text = (torch.arange(12)[None] * 3 + torch.arange(32)[:, None]) % 100  # which a random model can learn
+    chain = [Minitron(intermediate_size=72), heal, Minitron(intermediate_size=48, num_hidden_layers=2), heal]
+    report = slim(model, chain, data=text)
+    assert model.config.intermediate_size == 48 and len(model.model.layers) == 2
+    assert [step["step"] for step in model.config.slim] == ["minitron", "heal"] * 2
+    for number in (1, 3):
+        history = [row["held_out"] for row in report.steps[number].tables["healing"]]
+        assert min(history) < history[0]
+
+
 @pytest.mark.parametrize("groups", [2, 8], ids=["grouped", "multi-head"])
 def test_merged_heads_are_the_formula(groups):
     model = tiny_llama(num_attention_heads=8, num_key_value_heads=groups)
