@@ -102,7 +102,7 @@ def test_a_chain_goes_on_from_what_was_healed_with_the_first_model_as_teacher():
     model = tiny_llama(num_hidden_layers=3, initializer_range=0.1)
     heal = Heal(method="full", steps=20, batch_size=8, learning_rate=5e-4, evaluate_every=5, held_out=0.2)
     text = (torch.arange(12)[None] * 3 + torch.arange(32)[:, None]) % 100  # which a random model can learn
-    chain = [Minitron(intermediate_size=72), heal, Minitron(intermediate_size=48, num_hidden_layers=2), heal]
+    chain = [Minitron(hidden_size=48), heal, Minitron(intermediate_size=48, num_hidden_layers=2), heal]
     report = slim(model, chain, data=text)
     assert model.config.intermediate_size == 48 and len(model.model.layers) == 2
     assert [step["step"] for step in model.config.slim] == ["minitron", "heal"] * 2
