@@ -20,6 +20,8 @@ picture are made from it, and the page keeps its notes.
     half                                50 % in one step, the best of `Minitron(ratio=0.5)`
     half-chain                          50 % in two steps by neurons: 75 %, distilled, 50 %, distilled; two budgets
     width-corrected                     the teacher is first trained on the text itself, for half of the steps
+    width-own, width-own-ce             width and width-ce trained on 64 of the model's own samples, so that the text
+                                        has nothing to teach that the teacher does not know
     dense-ce                            what the text alone is worth: the dense model trained by next-token loss
 """
 
@@ -62,7 +64,8 @@ UNTRAINED = {
     "mixed-28": {"intermediate_size": 1152, "num_hidden_layers": 28},
     "width-heads": {"intermediate_size": 1152, "num_attention_heads": 6},
 }
-TRAINED = (*SHAPES, "width-plain", "width-ce", "random", "half", "half-chain", "width-corrected", "dense-ce")
+TRAINED = (*SHAPES, "width-plain", "width-ce", "random", "half", "half-chain", "width-corrected", "width-own")
+TRAINED = (*TRAINED, "width-own-ce", "dense-ce")
 PEER = {"optipfair, MAW with data": ("MAW", True), **{f"optipfair, {m}": (m, False) for m in ("MAW", "VOW", "PON")}}
 
 
@@ -72,11 +75,11 @@ class Bench:
     def __init__(self, options: argparse.Namespace):
         self.options = options
         self.folder = options.model or smollm2.fetch()
-        tokenizer = AutoTokenizer.from_pretrained(self.folder)
-        self.ids = torch.tensor(tokenizer(options.text.read_text(encoding="utf-8"), verbose=False).input_ids)
+        self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        self.ids = torch.tensor(self.tokenizer(options.text.read_text(encoding="utf-8"), verbose=False).input_ids)
         dense = self.load()
         text = Calibration(source=str(options.training_text), samples=options.samples, length=512)
-        self.tokens = text.tokens(dense, tokenizer)
+        self.tokens = text.tokens(dense, self.tokenizer)
         self.few = self.tokens[: options.scored]
         self.embeddings = dense.get_input_embeddings().weight.numel()
         self.whole = dense.num_parameters() - self.embeddings
@@ -199,14 +202,19 @@ def untrained(bench: Bench) -> None:
 def trained(bench: Bench) -> None:
     for name in bench.options.rows:
         dense, model, more = bench.load(), bench.load(), {}
-        heal, budget = bench.heal(), 1
+        heal, budget, tokens = bench.heal(), 1, bench.tokens
+        if name.startswith("width-own"):
+            tokens = Calibration(samples=64, length=512).tokens(dense, bench.tokenizer)
         if name in SHAPES:
             slim(model, bench.minitron(**SHAPES[name]), data=bench.few)
         elif name == "width-plain":
             slim(model, bench.minitron(**SHAPES["width"], compensate=False), data=bench.few)
         elif name.startswith("width"):
             slim(model, bench.minitron(**SHAPES["width"]), data=bench.few)
-            more = {"loss": "next_token"} if name == "width-ce" else {"teacher_steps": bench.options.steps // 2}
+            if name.endswith("ce"):
+                more = {"loss": "next_token"}
+            elif name == "width-corrected":
+                more = {"teacher_correction": bench.options.steps // 2}
         elif name == "random":
             slim(model, bench.minitron(**SHAPES["width"], compensate=False), data=bench.few)
             torch.manual_seed(0)
@@ -217,17 +225,17 @@ def trained(bench: Bench) -> None:
                 print(row, flush=True)
         elif name == "half-chain":
             slim(model, bench.minitron(**SHAPES["width"]), data=bench.few)
-            heal.apply(model, bench.tokens, teacher=dense)
+            heal.apply(model, tokens, teacher=dense)
             slim(model, Minitron(intermediate_size=512), data=bench.few)
             budget = 2
         else:
             more = {"loss": "next_token"}
         before = bench.perplexity(model)
-        report = dataclasses.replace(heal, **more).apply(model, bench.tokens, teacher=dense)
-        tokens = budget * heal.steps * heal.batch_size * bench.tokens.shape[1]
+        report = dataclasses.replace(heal, **more).apply(model, tokens, teacher=dense)
+        seen = budget * heal.steps * heal.batch_size * tokens.shape[1]
         figures = {"untrained": before, "trained": bench.perplexity(model), "seconds": budget * report.seconds}
         print(report.notes, flush=True)
-        bench.add(name, model, tokens=tokens, **figures)
+        bench.add(name, model, tokens=seen, **figures)
 
 
 def peer(bench: Bench) -> None:
