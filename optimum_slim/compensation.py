@@ -21,8 +21,8 @@ from transformers.pytorch_utils import Conv1D
 
 from .axes import find_axes
 from .importance import watch_points
+from .layout import runs
 from .walk import walk
-from .width import runs
 
 
 @torch.no_grad()
@@ -51,6 +51,8 @@ def compensate(
     """
     kept = {axis: index for axis, index in (("neurons", neurons), ("heads", heads)) if index is not None}
     points = {name: axis for name, axis in watch_points(model).items() if axis in kept}
+    if not points:  # neurons of fused experts, which no linear layer sees
+        return []
     axes, rows = find_axes(model), []
     count = len(next(iter(kept.values())))
     for block in tqdm(walk(model, tokens, batch_size=batch_size), "compensation", count, unit="layer", disable=None):

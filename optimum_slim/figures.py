@@ -129,26 +129,26 @@ def draw_perplexity(inspection: Inspection, file: str | Path) -> None:
 
 
 def draw_importance(scores: Importance, title: str, file: str | Path) -> None:
-    """Scores of layers and heads as they are; of neurons and channels, the share that the most important ones hold.
+    """Scores of layers, heads and experts as they are; of neurons and channels, the share that the best ones hold.
 
     A straight line there says that all matter alike; a curve that rises fast, that a few do and the others can go.
     """
-    figure = _figure(9.0, 7.0)
-    layers, heads, neurons, channels = figure.subplots(2, 2).flat
+    sparse = scores.experts is not None
+    figure = _figure(14.4 if sparse else 9.0, 7.0)
+    layers, heads, neurons, channels, *more = figure.subplots(2, 3 if sparse else 2).flat
     layers.bar(range(len(scores.layers)), scores.layers.tolist(), color=COLOURS[0])
     layers.set_xlabel("layer")
     layers.set_ylabel("block influence (log scale)")
     layers.set_yscale("log")
-    if scores.heads is not None:
-        shares = scores.heads / scores.heads.sum(1, keepdim=True).clamp(min=1e-30)
-        image = heads.imshow(shares.tolist(), cmap="viridis", aspect="auto", interpolation="nearest", origin="lower")
-        figure.colorbar(image, ax=heads).set_label("share of the layer's score")
-        heads.set_xlabel("query head")
-        heads.set_ylabel("layer")
-        _integers(heads.xaxis, heads.yaxis)
+    _draw_units(heads, scores.heads, "query head")
     _draw_shares(neurons, scores.neurons, "neurons of a layer")
     _draw_shares(channels, None if scores.channels is None else scores.channels[None], "hidden channels")
-    for axes, found in ((heads, scores.heads), (neurons, scores.neurons), (channels, scores.channels)):
+    drawn = [(heads, scores.heads), (neurons, scores.neurons), (channels, scores.channels)]
+    if sparse:
+        _draw_units(more[0], scores.experts, "expert")
+        _draw_shares(more[1], scores.expert_neurons, "expert neurons")
+        drawn.append((more[1], scores.expert_neurons))
+    for axes, found in drawn:
         if found is None:
             axes.text(0.5, 0.5, "no width of its own\nin this model", ha="center", va="center")
             axes.set_axis_off()
@@ -156,12 +156,26 @@ def draw_importance(scores: Importance, title: str, file: str | Path) -> None:
     figure.savefig(file)
 
 
+def _draw_units(axes, scores, what: str) -> None:
+    """A row of squares for each layer, one for each unit."""
+    if scores is None:
+        return
+    shares = scores / scores.sum(1, keepdim=True).clamp(min=1e-30)
+    image = axes.imshow(shares.tolist(), cmap="viridis", aspect="auto", interpolation="nearest", origin="lower")
+    axes.figure.colorbar(image, ax=axes).set_label("share of the layer's score")
+    axes.set_xlabel(what)
+    axes.set_ylabel("layer")
+    _integers(axes.xaxis, axes.yaxis)
+
+
 def _draw_shares(axes, scores, what: str) -> None:
     """One curve for each row of scores: of their sum, what the most important ones hold."""
     if scores is None:
         return
-    sums = scores.sort(dim=1, descending=True).values.cumsum(1)
+    sums = scores.flatten(1).sort(dim=1, descending=True).values.cumsum(1)
     for i, row in enumerate(sums / sums[:, -1:].clamp(min=1e-30)):
+        if not row[-1]:  # a layer without such units
+            continue
         shade = i / max(1, len(sums) - 1)
         part = [(k + 1) / len(row) for k in range(len(row))]
         axes.plot(part, row.tolist(), color=(shade, 0.35, 1 - shade), linewidth=0.8)

@@ -6,6 +6,7 @@ What is looked at, for each unit:
     heads      what enters the output projection, its norm over the positions of the head
     channels   what leaves the norms of the decoder layers; the scores of all norms are added
     layers     block influence, 1 - E[cos(what enters, what leaves)]
+    experts    see `expert_scores.py`
 
 Activations are first aggregated over the tokens of a sample, then over the samples, each by the mean of magnitudes,
 the L2 norm or the variance. The paper finds L2 over samples of means over tokens best, the default, and its authors'
@@ -16,9 +17,11 @@ they are cut into batches changes a score beyond rounding.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -30,24 +33,33 @@ from transformers.pytorch_utils import Conv1D
 from .axes import Sizes, find_axes
 from .block import evaluating
 from .distance import boundaries, cosine_sums
+from .expert_scores import ExpertScores, has_known_parts
 from .walk import decoder_layers
 
 
 AGGREGATES = ("mean", "l2", "variance")
+BY_LAYER = ("neurons", "heads", "experts", "expert_neurons", "shared_neurons")
+SCORES = (*BY_LAYER, "channels", "layers", "energy")
 
 
 @dataclass(frozen=True)
 class Importance:
     """Scores, fp32, larger for what matters more; an entry is `None` where the model has no such width.
 
+    Layers without such units, in a stack of dense and sparse ones, have zeros.
+
     Args:
-        neurons: (layers, intermediate_size).
+        neurons: (layers, intermediate_size), or (layers, experts, intermediate_size) if they are those of experts.
         heads: (layers, num_attention_heads).
         channels: (hidden_size,).
         layers: (layers,).
         energy: (hidden_size,), mean square of each channel of what enters the norms of the decoder layers.
         aggregate: over samples and over tokens.
         tokens: how many were looked at.
+        experts: (layers, experts).
+        expert_neurons: (layers, experts, moe_intermediate_size).
+        shared_neurons: (layers, n_shared_experts * moe_intermediate_size), of shared experts that are as wide as so
+            many others.
     """
 
     neurons: Tensor | None
@@ -57,11 +69,13 @@ class Importance:
     energy: Tensor | None
     aggregate: tuple[str, str]
     tokens: int
+    experts: Tensor | None = None
+    expert_neurons: Tensor | None = None
+    shared_neurons: Tensor | None = None
 
     def save(self, path: str | Path) -> None:
         """Write the scores as a safetensors file."""
-        names = ("neurons", "heads", "channels", "layers", "energy")
-        tensors = {name: getattr(self, name).contiguous() for name in names if getattr(self, name) is not None}
+        tensors = {name: getattr(self, name).contiguous() for name in SCORES if getattr(self, name) is not None}
         save_file(tensors, path, {"aggregate": json.dumps(self.aggregate), "tokens": str(self.tokens)})
 
     @classmethod
@@ -71,7 +85,7 @@ class Importance:
             found, about = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
         if "aggregate" not in about or "layers" not in found:
             raise ValueError(f"{path} holds no importance scores; make them with importance(model, tokens).save(path)")
-        tensors = {name: found.get(name) for name in ("neurons", "heads", "channels", "layers", "energy")}
+        tensors = {name: found.get(name) for name in SCORES}
         return cls(**tensors, aggregate=tuple(json.loads(about["aggregate"])), tokens=int(about["tokens"]))
 
 
@@ -120,20 +134,30 @@ def importance(
         batch_size: samples per forward pass.
 
     Raises:
-        ValueError: an unknown aggregate, no tokens, or widths that belong together in this model (see `find_axes`).
+        ValueError: an unknown aggregate, no tokens, or a config that cannot express a width (see `find_axes`).
     """
     if tokens.dim() != 2 or not tokens.numel():
         raise ValueError(f"tokens must be a non-empty matrix (samples, length), found shape {tuple(tokens.shape)}")
     watched = watch_points(model)
-    seen = {name: Aggregate(*aggregate) for name in watched}
-    energy, cosines = [], torch.zeros(len(decoder_layers(model)[1]), dtype=torch.float64)
+    sizes, (prefix, stack) = Sizes.of(model.config), decoder_layers(model)
+    inside, length = "expert_neurons" if sizes.expert_neurons else "neurons", tokens.shape[1]
+    seen: dict[str, Any] = {name: Aggregate(*aggregate) for name in watched}
+    for name in (name for name, axis in watched.items() if axis == "experts"):
+        neurons = [Aggregate(*aggregate) for _ in range(sizes.experts)]
+        seen[name] = ExpertScores(model.get_submodule(name), neurons, length, inside)
+    energy, cosines = [], torch.zeros(len(stack), dtype=torch.float64)
 
-    def look(name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
+    def look(name: str, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
         if watched[name] == "channels":
             energy.append(args[0].float().square().flatten(0, -2).sum(0).cpu())
-        seen[name].add(output if watched[name] == "channels" else args[0])
+        if watched[name] == "experts":
+            seen[name].add(*args, *kwargs.values(), output)
+        else:
+            x = output if watched[name] == "channels" else args[0]
+            seen[name].add(x.reshape(-1, length, x.shape[-1]))  # some sparse layers see tokens without samples
 
-    hooks = [model.get_submodule(name).register_forward_hook(partial(look, name)) for name in watched]
+    modules = {name: model.get_submodule(name) for name in watched}
+    hooks = [m.register_forward_hook(partial(look, name), with_kwargs=True) for name, m in modules.items()]
     try:
         with evaluating(model):
             for batch in tqdm(tokens.split(batch_size), desc="importance", unit="batch", disable=None):
@@ -142,14 +166,17 @@ def importance(
     finally:
         for hook in hooks:
             hook.remove()
-    scores = {
-        axis: [seen[n].score().cpu() for n, of in watched.items() if of == axis] for axis in set(watched.values())
-    }
-    heads = [score.view(Sizes.of(model.config).heads, -1).norm(dim=1) for score in scores.get("heads", ())]
+    rows: dict[str, list[tuple[int, Tensor]]] = {}
+    for name, axis in watched.items():
+        layer = int(name.removeprefix(f"{prefix}.").partition(".")[0])
+        found = seen[name].scores() if axis == "experts" else {axis: seen[name].score()}
+        for key, score in found.items():
+            score = score.view(sizes.heads, -1).norm(dim=1) if key == "heads" else score
+            rows.setdefault(key, []).append((layer, score.cpu()))
+    channels = [score for _, score in rows.pop("channels", ())]
     return Importance(
-        neurons=torch.stack(scores["neurons"]) if "neurons" in scores else None,
-        heads=torch.stack(heads) if heads else None,
-        channels=torch.stack(scores["channels"]).sum(0) if "channels" in scores else None,
+        **{axis: by_layer(rows.get(axis, ()), len(stack)) for axis in BY_LAYER},
+        channels=torch.stack(channels).sum(0) if channels else None,
         layers=(1 - cosines / tokens.numel()).float(),
         energy=energy[0] / tokens.numel() if energy else None,
         aggregate=tuple(aggregate),
@@ -157,19 +184,35 @@ def importance(
     )
 
 
+def by_layer(rows: Sequence[tuple[int, Tensor]], layers: int) -> Tensor | None:
+    """Scores of layers as one tensor, zeros for those that have none; `None` if the layers are not alike."""
+    found = dict(rows)
+    if len(found) < len(rows) or len({row.shape for row in found.values()}) != 1:
+        return None
+    whole = torch.zeros(layers, *next(iter(found.values())).shape)
+    for layer, row in found.items():
+        whole[layer] = row
+    return whole
+
+
 def watch_points(model: nn.Module) -> dict[str, str]:
     """Modules of the decoder layers that tell what a width matters, by name: inputs of the down and of the output
-    projection for `"neurons"` and `"heads"`, norms over the residual stream for `"channels"`."""
-    prefix, found = decoder_layers(model)[0], {}
+    projection for `"neurons"` and `"heads"`, norms over the residual stream for `"channels"`, fused experts whose
+    parts are known for `"experts"`, and the down projections of shared experts for `"shared_neurons"`."""
+    prefix, found, unknown = decoder_layers(model)[0], {}, set()
     for name, axes in find_axes(model).items():
         module, _, key = name.rpartition(".")
-        if key != "weight" or not name.startswith(f"{prefix}."):
+        owner, by_dim = model.get_submodule(module), {axis.dim: axis.name for axis in axes}
+        if by_dim.get(0) == "experts" and {"neurons", "expert_neurons"} & {*by_dim.values()}:
+            if has_known_parts(owner):
+                found[module] = "experts"
+            else:
+                unknown |= {*by_dim.values()}
+        elif key != "weight" or not name.startswith(f"{prefix}."):
             continue
-        by_dim = {axis.dim: axis.name for axis in axes}
-        owner = model.get_submodule(module)
-        if model.get_parameter(name).dim() == 1:
+        elif owner.weight.dim() == 1:
             if by_dim == {0: "channels"}:
                 found[module] = "channels"
-        elif by_dim.get(0 if isinstance(owner, Conv1D) else 1) in ("neurons", "heads"):
-            found[module] = by_dim[0 if isinstance(owner, Conv1D) else 1]
-    return found
+        elif (entering := by_dim.get(0 if isinstance(owner, Conv1D) else 1)) in ("neurons", "expert_neurons", "heads"):
+            found[module] = "shared_neurons" if entering == "expert_neurons" else entering
+    return {module: axis for module, axis in found.items() if axis != "neurons" or axis not in unknown}

@@ -1,4 +1,4 @@
-"""Which neurons, heads and channels stay, by their scores, and Minitron's merge of the heads that go."""
+"""Which neurons, experts, heads and channels stay, by their scores, and Minitron's merge of the heads that go."""
 
 from __future__ import annotations
 
@@ -9,36 +9,54 @@ from torch import Tensor, nn
 
 from .axes import Sizes, find_axes
 from .importance import Importance
+from .layout import check_layout
 from .walk import decoder_layers
-from .width import check_layout
 
 
 def kept_widths(old: Sizes, new: Sizes, layers: int, scores: Importance | None = None) -> dict[str, Any]:
     """What `narrow` is to keep: the most important of each width, ascending; the first ones without scores.
 
+    Each expert keeps its own neurons, and each group of experts equally many.
+
     Raises:
         ValueError: a width for which the model has no scores.
     """
 
-    def best(axis: str, values: Tensor | None, count: int) -> Tensor:
+    def found(axis: str, count: int) -> Tensor:
         if scores is None:
-            values = -torch.arange(float(getattr(old, axis)))
-        if values is None:
-            raise ValueError(f"this model's {axis} lie in fused experts or are no width of their own; leave them")
-        return values.topk(count).indices.sort().values
+            order = -torch.arange(float(count))
+            return order if axis == "channels" else order.expand(layers, count)
+        if getattr(scores, axis) is None:
+            raise ValueError(f"this model's {axis} are no width of their own or could not be scored; leave them")
+        return getattr(scores, axis)
 
     kept: dict[str, Any] = {}
     if new.channels < old.channels:
-        kept["channels"] = best("channels", scores and scores.channels, new.channels)
-    if new.neurons < old.neurons:
-        rows = [None] * layers if scores is None or scores.neurons is None else scores.neurons
-        kept["neurons"] = [best("neurons", row, new.neurons) for row in rows]
+        kept["channels"] = _best(found("channels", old.channels), new.channels)
+    if new.experts < old.experts:
+        table = found("experts", old.experts).unflatten(1, (old.expert_groups, -1))
+        best = _best(table, new.experts // old.expert_groups)
+        kept["experts"] = list((best + torch.arange(old.expert_groups)[:, None] * table.shape[2]).flatten(1))
+    counts = {"neurons": (old.neurons, new.neurons), "expert_neurons": (old.expert_neurons, new.expert_neurons)}
+    if old.shared and (scores is None or scores.shared_neurons is not None):
+        counts["shared_neurons"] = (old.shared * old.expert_neurons, old.shared * new.expert_neurons)
+    for axis, (before, after) in counts.items():
+        if after < before:
+            values = found(axis, before)
+            if values.dim() == 3 and "experts" in kept:
+                values = torch.stack([row[stay] for row, stay in zip(values, kept["experts"], strict=True)])
+            kept[axis] = list(_best(values, after))
     if (new.heads, new.groups) != (old.heads, old.groups):
-        found = [_heads(old, new, scores.heads[i] if scores else torch.zeros(old.heads)) for i in range(layers)]
-        kept["heads"] = [heads for heads, _ in found]
+        both = [_heads(old, new, scores.heads[i] if scores else torch.zeros(old.heads)) for i in range(layers)]
+        kept["heads"] = [heads for heads, _ in both]
         if new.groups < old.groups:
-            kept["groups"] = [groups for _, groups in found]
+            kept["groups"] = [groups for _, groups in both]
     return kept
+
+
+def _best(scores: Tensor, count: int) -> Tensor:
+    """Indices of the highest scores of each row, ascending."""
+    return scores.topk(count).indices.sort().values
 
 
 def _heads(old: Sizes, new: Sizes, scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,7 +82,7 @@ def merge_heads(model: nn.Module, new: Sizes, scores: Tensor) -> None:
         ValueError: how heads lie in the weights is not known. The model is unchanged then.
     """
     old, axes = Sizes.of(model.config), find_axes(model)
-    check_layout(model, axes, old)
+    check_layout(model, axes, old, ("neurons", "heads"))
     prefix, stack = decoder_layers(model)
     alone = old.heads == old.groups
     whole, stay = heads_together(old, new)

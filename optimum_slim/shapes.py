@@ -1,8 +1,9 @@
 """Which shapes a model could have at a given number of parameters (Minitron's light architecture search).
 
 A shape is the widths of a model and its number of layers. For each number of layers, of heads and of hidden channels,
-the neurons follow from the number of parameters. Widths are multiples of what hardware likes, and of those that come
-within a tolerance the ones are kept that cut no width to the quick while sparing the others.
+the neurons follow from the number of parameters: those of the experts, if these have a width of their own. How many
+experts there are stays, since fewer spare memory and no computation. Widths are multiples of what hardware likes, and
+of those that come within a tolerance the ones are kept that cut no width to the quick while sparing the others.
 """
 
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from math import ceil, prod
 from torch import nn
 from transformers import PreTrainedConfig
 
-from .axes import Axis, Sizes, find_axes, is_accepted
+from .axes import Axis, Sizes, entangled, find_axes, is_accepted
 from .walk import decoder_layers
 
 
@@ -41,7 +42,9 @@ class Counter:
         for name, parameter in model.named_parameters():
             place = self.inside if name.startswith(f"{prefix}.") else self.outside
             place.append((tuple(parameter.shape), axes.get(name, ()), name))
+        self.together = entangled(axes)
         self.separate_heads = any(axis.name == "heads" for found in axes.values() for axis in found)
+        self.separate_heads &= "heads" not in self.together
         self.embeddings = sum(prod(shape) for shape, _, _ in self.outside)
 
     def count(self, sizes: Sizes, layers: int) -> int:
@@ -82,7 +85,8 @@ def candidates(
     found, nearest = [], None
     for depth in range(layers, ceil((1 - max_depth) * layers) - 1, -2):
         for heads, groups in _heads(counter, max_width):
-            for part in _channels(model.config, replace(old, heads=heads, groups=groups), max_width):
+            most = 0.0 if "channels" in counter.together else max_width
+            for part in _channels(model.config, replace(old, heads=heads, groups=groups), most):
                 sizes = _fit_neurons(counter, part, depth, parameters, max_width)
                 shape = Shape(sizes, depth, counter.count(sizes, depth))
                 off = abs(shape.parameters - parameters) / parameters
@@ -102,16 +106,23 @@ def candidates(
 def _unevenness(shape: Shape, old: Sizes, layers: int) -> float:
     """The largest share that is cut of anything; heads and layers, which the paper cuts last, count more."""
     new = shape.sizes
-    cut = (1 - new.channels / old.channels, 1 - new.neurons / old.neurons)
+    inside = _inside(old)
+    cut = (1 - new.channels / old.channels, 1 - getattr(new, inside) / getattr(old, inside))
     return max(*cut, 1.5 * (1 - new.heads / old.heads), 2 * (1 - shape.layers / layers))
 
 
 def _fit_neurons(counter: Counter, sizes: Sizes, layers: int, parameters: int, max_width: float) -> Sizes:
     """The number of neurons that comes nearest to so many parameters."""
-    step = 512 if sizes.neurons >= 4096 else min(64, max(1, sizes.neurons // 8))
-    options = _multiples(sizes.neurons, max_width, step)
-    counts = {n: counter.count(replace(sizes, neurons=n), layers) for n in options}
-    return replace(sizes, neurons=min(counts, key=lambda n: abs(counts[n] - parameters)))
+    inside = _inside(sizes)
+    size = getattr(sizes, inside)
+    step = 512 if size >= 4096 else min(64, max(1, size // 8))
+    options = [replace(sizes, **{inside: n}) for n in _multiples(size, max_width, step)]
+    return min(options, key=lambda option: abs(counter.count(option, layers) - parameters))
+
+
+def _inside(sizes: Sizes) -> str:
+    """The neurons to fit: those of experts that have a width of their own, where most parameters are."""
+    return "expert_neurons" if sizes.expert_neurons else "neurons"
 
 
 def _channels(config: PreTrainedConfig, sizes: Sizes, most: float) -> list[Sizes]:

@@ -1,10 +1,10 @@
-"""Making a model narrower: fewer neurons, attention heads and hidden channels, with its config kept in step.
+"""Making a model narrower: fewer neurons, experts, heads and hidden channels, with its config kept in step.
 
 Every layer gets the same widths, so that what is left is an ordinary model of its class with a smaller config.
 `narrow` takes the kept positions out of the dimensions that are widths (`axes.py`). Before it changes anything, it
-compares the result with the model that the new config describes, and lets the first decoder layer run with its neurons
-and heads in another order. A width that the config cannot express (heads that are hidden_size / head_dim, a scale
-computed from the width) is refused with the name of what differs.
+compares the result with the model that the new config describes, and lets a decoder layer run with its neurons,
+experts and heads in another order (`layout.py`). A width that the config cannot express (heads that are
+hidden_size / head_dim, a scale computed from the width) is refused with the name of what differs.
 """
 
 import copy
@@ -16,15 +16,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .axes import Axis, Sizes, built, find_axes, resized, shapes_of
+from .axes import AXES, Axis, Sizes, built, entangled, find_axes, number_in, resized, shapes_of
 from .layer_settings import text_config
-from .memory import shared_copy
+from .layout import check_layout, take
 from .packed import PackedLinear
 from .surgery import plain_attributes
-from .walk import decoder_layers, walk
+from .walk import decoder_layers
 
 
-HALVES = ("gate_up_proj", "gate_and_up_proj")  # two matrices of neurons, one behind the other
+PER_TOKEN = ("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts", "moe_top_k")
 EPSILONS = ("rms_norm_eps", "norm_eps", "norm_epsilon")
 EPSILON_ATTRIBUTES = ("variance_epsilon", "eps", "epsilon")
 
@@ -34,89 +34,121 @@ def narrow(
     *,
     channels: Tensor | None = None,
     neurons: Sequence[Tensor] | None = None,
+    experts: Sequence[Tensor] | None = None,
+    expert_neurons: Sequence[Tensor] | None = None,
+    shared_neurons: Sequence[Tensor] | None = None,
     heads: Sequence[Tensor] | None = None,
     groups: Sequence[Tensor] | None = None,
     correction: float | None = None,
 ) -> None:
-    """Keep only some neurons, heads and channels of `model`, in place, in the order given.
+    """Keep only some neurons, experts, heads and channels of `model`, in place, in the order given.
 
     Weights become new tensors, so that whoever else holds the old ones keeps them; tied ones stay tied.
 
     Args:
-        model: A Transformers decoder model, dense.
+        model: A Transformers decoder model, not packed.
         channels: int64, the hidden channels that stay.
-        neurons: for each layer, the neurons that stay, equally many everywhere.
+        neurons: for each layer, the neurons that stay, equally many everywhere. Where they are those of experts
+            (Mixtral), an entry may be a matrix with a row for each kept expert, in the order of `experts`.
+        experts: for each layer, the experts that stay, equally many everywhere; where a router chooses among groups
+            of experts first, equally many of each group, group after group.
+        expert_neurons: as `neurons`, where experts have a width of their own (moe_intermediate_size).
+        shared_neurons: for each layer, the neurons that stay of the shared experts, where their width follows that of
+            the others: needed with `expert_neurons` then, n_shared_experts times as many.
         heads: for each layer, the query heads that stay: equally many of each kept group, group after group.
-        groups: for each layer, the key-value heads that stay. Needs `heads`.
+        groups: for each layer, the key-value heads that stay. Needs `heads`. Layers without units of a kind need
+            an entry as well, which says nothing.
         correction: kept share r of the residual stream's energy, in (0, 1]: weights of RMS norms are multiplied by
             sqrt(r d / d'), since they divide by a mean over d' channels instead of d, and their epsilon by d / d' if
             the config has one for them alone. Taking away channels that are 0 (r = 1) then changes nothing. `None`
             leaves the norms as they are, as Minitron's authors do.
 
     Raises:
-        ValueError: unequal numbers, indices out of range, layers that are not dense, or a config that cannot express
-            the widths. The model is unchanged then.
+        ValueError: unequal numbers, indices out of range, fewer experts than a token goes to, packed layers, or a
+            config that cannot express the widths. The model is unchanged then.
     """
     old, (stack, layers) = Sizes.of(model.config), decoder_layers(model)
     _check_dense(model)
-    kept = _checked(old, len(layers), channels, neurons, heads, groups)
-    new = Sizes(**(vars(old) | {axis: len(index if axis == "channels" else index[0]) for axis, index in kept.items()}))
+    given = {
+        "channels": channels,
+        "neurons": neurons,
+        "experts": experts,
+        "expert_neurons": expert_neurons,
+        "shared_neurons": shared_neurons,
+        "heads": heads,
+        "groups": groups,
+    }
+    kept = _checked(old, len(layers), {axis: index for axis, index in given.items() if index is not None})
+    counts = {axis: count for axis, count in _lengths(kept).items() if axis in AXES}
+    new = Sizes(**(vars(old) | counts))
+    check_routing(model.config, new.experts)
     config, axes = resized(model.config, new), find_axes(model)
-    for axis in kept.keys() - {"groups"}:
+    for axis in kept.keys() - {"groups", "shared_neurons"}:
         _check_separate(model, axis, axes)
     if kept.keys() - {"channels"} and model.device.type != "meta":
-        check_layout(model, axes, old)
+        check_layout(model, axes, old, kept.keys())
     before = built(model, model.config, "its own config")
     if correction is not None and channels is not None:
         _correct_epsilon(config, before, axes, old.channels / new.channels)
     after = built(model, config, "the new widths")
     wanted = shapes_of(after)
-    changes = _attribute_changes(model, before, after)
-    tensors = {}
+    changes = _attribute_changes(model, before, after, axes)
+    tensors, twice = {}, {"remove_duplicate": False}
     with torch.no_grad():
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            if id(parameter) in tensors:
+        for name, value in [*model.named_parameters(**twice), *model.named_buffers(**twice)]:
+            if id(value) in tensors:
                 continue
-            value = parameter
-            for axis in axes.get(name, ()):
-                value = _take(value, name, axis, kept, old, stack)
-            if tuple(value.shape) != wanted[name]:
+            taken = take(value, name, axes.get(name, ()), kept, old, stack)
+            is_parameter = isinstance(value, nn.Parameter)
+            if (is_parameter or name in axes) and tuple(taken.shape) != wanted[name]:
                 raise ValueError(
                     f"{type(model).__name__} cannot get these widths: its config would then give {name} the shape "
-                    f"{wanted[name]} instead of {tuple(value.shape)}"
+                    f"{wanted[name]} instead of {tuple(taken.shape)}"
                 )
-            new_one = value is not parameter
-            tensors[id(parameter)] = nn.Parameter(value, parameter.requires_grad) if new_one else parameter
+            renewed = is_parameter and taken is not value
+            tensors[id(value)] = nn.Parameter(taken, value.requires_grad) if renewed else taken
         if correction is not None and channels is not None:
             _correct(model, axes, tensors, correction * old.channels / new.channels)
     for module in model.modules():
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                module._parameters[key] = tensors[id(parameter)]
+        for own in (module._parameters, module._buffers):
+            own.update({key: tensors[id(value)] for key, value in own.items() if value is not None})
     for path, values in changes.items():
         for key, value in values.items():
             setattr(model.get_submodule(path), key, value)
     _update_configs(model, config)
 
 
-def _checked(old: Sizes, layers: int, channels, neurons, heads, groups) -> dict[str, Any]:
+def _checked(old: Sizes, layers: int, kept: dict[str, Any]) -> dict[str, Any]:
     """The given indices by axis, checked."""
-    if groups is not None and heads is None:
+    if "groups" in kept and "heads" not in kept:
         raise ValueError("groups takes query heads away as well; pass heads, those that stay in the kept groups")
-    given = {"channels": channels, "neurons": neurons, "heads": heads, "groups": groups}
-    kept = {axis: index for axis, index in given.items() if index is not None}
     for axis, index in kept.items():
         each = [index] if axis == "channels" else list(index)
+        count = old.shared * old.expert_neurons if axis == "shared_neurons" else getattr(old, axis)
+        if not count:
+            raise ValueError(f"this model has no {axis}")
         if axis != "channels" and len(each) != layers:
             raise ValueError(f"{axis} must have one entry for each of {layers} layers, found {len(each)}")
         for one in each:
-            if len(one) != len(each[0]) or not len(one):
+            if one.shape != each[0].shape or not one.numel():
                 raise ValueError(f"{axis} must be equally many in every layer, at least one")
-            if one.min() < 0 or one.max() >= getattr(old, axis) or len(one.unique()) < len(one):
-                raise ValueError(f"{axis} must be different numbers from 0 to {getattr(old, axis) - 1}")
+            ordered = one.sort().values
+            if one.min() < 0 or one.max() >= count or (ordered[..., 1:] == ordered[..., :-1]).any():
+                raise ValueError(f"{axis} must be different numbers from 0 to {count - 1}")
+        experts = len(kept["experts"][0]) if "experts" in kept else old.experts
+        if each[0].dim() > 1 and (axis not in ("neurons", "expert_neurons") or each[0].shape[:-1] != (experts,)):
+            raise ValueError(
+                f"{axis} must be one row for each layer, or one for each kept expert; found {tuple(each[0].shape)}"
+            )
+    lengths = _lengths(kept)
+    if "shared_neurons" in kept and lengths["shared_neurons"] != old.shared * lengths.get("expert_neurons", 0):
+        raise ValueError(
+            f"shared_neurons must be {old.shared} times as many as expert_neurons in this model, found "
+            f"{lengths['shared_neurons']} and {lengths.get('expert_neurons', 'none')}"
+        )
     of_group = old.heads // old.groups
-    for layer, query in enumerate(heads or ()):
-        stay = groups[layer] if groups is not None else torch.arange(old.groups)
+    for layer, query in enumerate(kept.get("heads", ())):
+        stay = kept["groups"][layer] if "groups" in kept else torch.arange(old.groups)
         if len(query) % len(stay) or not torch.equal(
             (query // of_group).cpu(), stay.cpu().repeat_interleave(len(query) // len(stay))
         ):
@@ -124,110 +156,61 @@ def _checked(old: Sizes, layers: int, channels, neurons, heads, groups) -> dict[
                 f"heads of layer {layer} must be equally many of each kept group, group after group; found "
                 f"{query.tolist()} with {of_group} heads in a group"
             )
+    if old.expert_groups > 1:
+        of_group = old.experts // old.expert_groups
+        for layer, index in enumerate(kept.get("experts", ())):
+            found = [set((row // of_group).tolist()) for row in index.tensor_split(old.expert_groups)]
+            if len(index) % len(found) or {len(row) for row in found} != {1} or len(set.union(*found)) < len(found):
+                raise ValueError(
+                    f"experts of layer {layer} must be equally many of each of {len(found)} groups, group after "
+                    f"group; found {index.tolist()} with {of_group} experts in a group"
+                )
     return kept
+
+
+def _lengths(kept: dict[str, Any]) -> dict[str, int]:
+    """How many stay of each axis in a layer, or in an expert."""
+    return {axis: (index if axis == "channels" else index[0]).shape[-1] for axis, index in kept.items()}
+
+
+def check_routing(config: PreTrainedConfig, experts: int) -> None:
+    """Raise a `ValueError` unless the routers can choose among so many experts as they do now."""
+    old, text = Sizes.of(config), text_config(config)
+    if experts == old.experts:
+        return
+    chosen, groups = number_in(text, PER_TOKEN), old.expert_groups
+    best = number_in(text, ["topk_group"]) or groups
+    each = max(2, math.ceil(chosen / best)) if groups > 1 else chosen  # a group is rated by its best two
+    if experts % groups or experts < groups * each:
+        of_groups = f" in {best} of {groups} groups, which keep equally many" if groups > 1 else ""
+        raise ValueError(
+            f"{type(text).__name__} cannot have {experts} experts: a token goes to {chosen} of them "
+            f"(num_experts_per_tok){of_groups}; keep "
+            + (f"a multiple of {groups}, " if groups > 1 else "")
+            + f"at least {groups * each}"
+        )
 
 
 def _check_separate(model: nn.Module, axis: str, axes: dict[str, tuple[Axis, ...]]) -> None:
     """Raise a `ValueError` unless this width can change while the others stay."""
     named = {name: [entry.dim for entry in found if entry.name == axis] for name, found in axes.items()}
     square = [name for name, dims in named.items() if len(dims) > 1]
-    if square or not any(named.values()):
-        what = f"both dimensions of {square[0]} follow them" if square else "no weight follows them alone"
-        raise ValueError(
-            f"{type(model).__name__} cannot be made narrower by its {axis}: {what}, because its head_dim is "
-            "hidden_size / num_attention_heads and has no place in the config"
-        )
-
-
-def check_layout(model: PreTrainedModel, axes: dict[str, tuple[Axis, ...]], old: Sizes) -> None:
-    """Raise a `ValueError` unless the first decoder layer does the same with its neurons and heads in another order.
-
-    How the parts of a fused matrix lie behind or between one another cannot be seen from shapes.
-    """
-    name, stack = decoder_layers(model)
-    draw = torch.Generator().manual_seed(0)
-    groups = torch.randperm(old.groups, generator=draw)
-    each = old.heads // old.groups
-    heads = torch.cat([group * each + torch.randperm(each, generator=draw) for group in groups])
-    neurons = torch.randperm(old.neurons, generator=draw)
-    shuffled = {"neurons": [neurons], "heads": [heads], "groups": [groups]}
-    block = next(walk(model, torch.arange(8)[None]))
-    expected, layer = next(block.outputs()).float(), stack[0]
-    stack[0] = shared_copy(layer)
-    try:
-        for path, module in stack[0].named_modules():
-            for key, parameter in module._parameters.items():
-                full = f"{name}.0.{path}.{key}" if path else f"{name}.0.{key}"
-                value = parameter
-                for axis in axes.get(full, ()):
-                    value = _take(value, full, axis, shuffled, old, name) if parameter is not None else None
-                if value is not None:
-                    module._parameters[key] = nn.Parameter(value.detach(), False)
-        found = next(block.outputs()).float()
-    finally:
-        stack[0] = layer
-    change = (found - expected).norm() / (expected - block.inputs[0].float()).norm().clamp(min=1e-30)
-    if not change < 0.05:
-        raise ValueError(
-            f"{type(model).__name__} cannot be made narrower: with its neurons and heads in another order its first "
-            "decoder layer does something else, so how they lie in its weights is not known"
-        )
+    if shared := entangled(axes).get(axis):
+        why = f"a dimension of {shared} follows another width as well"
+    elif not any(named.values()) and axis not in ("channels", "heads"):
+        why = "no weight follows them" + (", experts have expert_neurons" if axis == "neurons" else "")
+    elif square or not any(named.values()):
+        why = f"both dimensions of {square[0]} follow them" if square else "no weight follows them alone"
+        why += ", because its head_dim is hidden_size / num_attention_heads and has no place in the config"
+    else:
+        return
+    raise ValueError(f"{type(model).__name__} cannot be made narrower by its {axis}: {why}")
 
 
 def _check_dense(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, PackedLinear) or hasattr(module, "base_layer") or hasattr(module, "quant_state"):
             raise ValueError(f"{name} is packed, quantized or adapted; make the model narrower first")
-
-
-def _take(value: Tensor, name: str, axis: Axis, kept: dict[str, Any], old: Sizes, stack: str) -> Tensor:
-    """The kept positions of one dimension."""
-    if axis.name not in kept and not (axis.name == "heads" and "groups" in kept):
-        return value
-    if axis.name == "channels":
-        return value.index_select(axis.dim, _alone(kept["channels"], axis, name).to(value.device))
-    if not name.startswith(f"{stack}."):
-        raise ValueError(f"{name} lies outside the decoder layers and follows their {axis.name}")
-    layer = int(name.removeprefix(f"{stack}.").partition(".")[0])
-    if axis.name == "neurons":
-        index = kept["neurons"][layer]
-        if axis.size == 2 * axis.count and any(half in name for half in HALVES):
-            index = torch.cat([index, index + axis.count])
-        else:
-            index = _alone(index, axis, name)
-        return value.index_select(axis.dim, index.to(value.device))
-    query = kept["heads"][layer]
-    groups = kept["groups"][layer] if "groups" in kept else torch.arange(old.groups)
-    positions = _heads(query, groups, axis, old, name)
-    return value.index_select(axis.dim, positions.to(value.device))
-
-
-def _alone(index: Tensor, axis: Axis, name: str) -> Tensor:
-    """The index itself, for members of one position each."""
-    if axis.size != axis.count:
-        raise ValueError(
-            f"{name} has {axis.size} positions for {axis.count} {axis.name}, and how they lie is not known"
-        )
-    return index
-
-
-def runs(index: Tensor, unit: int) -> Tensor:
-    """Each index as `unit` neighbouring positions."""
-    return (index[:, None] * unit + torch.arange(unit, device=index.device)).flatten()
-
-
-def _heads(query: Tensor, groups: Tensor, axis: Axis, old: Sizes, name: str) -> Tensor:
-    """Positions of heads: query heads, key-value heads, or q, k and v behind one another."""
-    size = old.head_dim
-    q, kv = old.heads * size, old.groups * size
-    if axis.size == (q if axis.name == "heads" else kv):
-        return runs(query if axis.name == "heads" else groups, size)
-    if axis.size == q + 2 * kv and "qkv" in name:
-        keys = runs(groups, size)
-        return torch.cat([runs(query, size), q + keys, q + kv + keys])
-    if axis.size == axis.count:  # a number for each head
-        return query if axis.name == "heads" else groups
-    raise ValueError(f"{name} has {axis.size} positions for {axis.count} {axis.name}, and how they lie is not known")
 
 
 def _correct(model: nn.Module, axes: dict, tensors: dict[int, nn.Parameter], ratio: float) -> None:
@@ -283,7 +266,7 @@ def _added_one(norm: nn.Module) -> float:
     return float(probe(torch.ones_like(norm.weight)[None]).abs().max() > 0)
 
 
-def _attribute_changes(model: nn.Module, before: nn.Module, after: nn.Module) -> dict[str, dict[str, Any]]:
+def _attribute_changes(model: nn.Module, before: nn.Module, after: nn.Module, axes: dict) -> dict[str, dict[str, Any]]:
     """What the new config changes in the modules' own attributes: numbers of something, and nothing else."""
     changes: dict[str, dict[str, Any]] = {}
     narrowed = dict(after.named_modules())
@@ -301,7 +284,7 @@ def _attribute_changes(model: nn.Module, before: nn.Module, after: nn.Module) ->
             changes.setdefault(path, {})[key] = new[key]
         buffers = [dict(part.named_buffers(recurse=False)) for part in (module, narrowed[path])]
         for key, buffer in buffers[0].items():
-            if buffer.shape != buffers[1][key].shape:
+            if buffer.shape != buffers[1][key].shape and f"{path}.{key}" not in axes:
                 raise ValueError(
                     f"{type(model).__name__} cannot get these widths: its buffer {path}.{key} would change shape"
                 )

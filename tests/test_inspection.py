@@ -7,9 +7,11 @@ import sys
 import pytest
 import torch
 from helpers import tiny_llama, token_ids
+from moe_models import sparse
 
 from optimum_slim import perplexity
-from optimum_slim.importance import Importance
+from optimum_slim.figures import draw_importance
+from optimum_slim.importance import Importance, importance
 from optimum_slim.inspection import Inspection, inspect
 from optimum_slim.methods.depth import Depth
 from optimum_slim.methods.heal import Heal
@@ -207,3 +209,11 @@ def test_importance_is_measured_drawn_and_saved_where_asked_for(tmp_path):
     again = Importance.load(out / "importance.safetensors")
     assert torch.equal(again.neurons, inspection.importance.neurons)
     assert inspect(planted(), token_ids(4, 12)).importance is None
+
+
+def test_experts_are_drawn_beside_the_rest(tmp_path):
+    files = [tmp_path / "dense.png", tmp_path / "sparse.png"]
+    for model, file in zip((tiny_llama(), sparse("qwen3_moe")), files, strict=True):
+        draw_importance(importance(model, token_ids(4, 12)), "title", file)
+    widths = [int.from_bytes(file.read_bytes()[16:20], "big") for file in files]  # in the header of a PNG
+    assert widths == [1350, 2160]

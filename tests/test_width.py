@@ -34,7 +34,7 @@ SOME = {
     "gpt2": ({"n_inner": 96}, ["neurons"]),
     "gpt_neox": ({}, ["neurons"]),
     "gemma2": ({"head_dim": 16}, ["neurons", "heads"]),
-    "gpt_oss": ({"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}, ["channels"]),
+    "gpt_oss": ({"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}, ["channels", "heads"]),
     "qwen3_moe": (
         {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16},
         ["channels", "heads"],

@@ -1,13 +1,14 @@
 """Minitron: a smaller model of the same kind, by one look at its activations (arXiv 2407.14679, 2408.11796).
 
-Neurons, attention heads, hidden channels and layers are scored in one pass over calibration data
+Neurons, attention heads, hidden channels, experts and layers are scored in one pass over calibration data
 (`optimum_slim/importance.py`) and the least important ones are taken out (`optimum_slim/width.py`, `surgery.py`). All
 layers keep the same widths, so that what is left is an ordinary model with a smaller config, which loads without this
 package. It needs training afterwards, best by distillation from the model it was:
 
     SlimConfig([Minitron(intermediate_size=1024, hidden_size=448), Heal(method="full", steps=300)])
 
-Query heads are ranked within the group of their key-value head, and each group keeps equally many. Layers go by block
+Query heads are ranked within the group of their key-value head, and each group keeps equally many; so are experts in
+the groups of a group-limited router. Each layer keeps its own experts, each expert its own neurons. Layers go by block
 influence, 1 - E[cos(in, out)], wherever they are.
 
 With `params` or `ratio` in place of sizes, all shapes near that number of parameters are cut out of the model
@@ -35,13 +36,14 @@ from ..axes import Sizes, find_axes
 from ..compensation import compensate
 from ..evaluate import perplexity
 from ..importance import AGGREGATES, Importance, importance
+from ..layout import check_layout
 from ..memory import shared_copy
 from ..ranking import heads_together, kept_widths, merge_heads
 from ..shapes import Counter, Shape, candidates
 from ..step import Step, StepReport, register
 from ..surgery import drop_layers
 from ..walk import decoder_layers
-from ..width import check_layout, has_rms_norms, narrow
+from ..width import check_routing, has_rms_norms, narrow
 from .heal import Heal
 
 
@@ -50,6 +52,8 @@ FIELDS = {
     "intermediate_size": "neurons",
     "num_attention_heads": "heads",
     "num_key_value_heads": "groups",
+    "num_experts": "experts",
+    "moe_intermediate_size": "expert_neurons",
 }
 
 
@@ -61,6 +65,10 @@ class Minitron(Step):
     Args:
         hidden_size, intermediate_size, num_attention_heads, num_key_value_heads, num_hidden_layers (`int`,
             *optional*): of the pruned model, as in its config; what is not given stays.
+        num_experts (`int`, *optional*): experts of each layer, whatever the config calls them (num_local_experts,
+            n_routed_experts); at least as many as a token goes to.
+        moe_intermediate_size (`int`, *optional*): width of each expert, if the config has it apart from
+            intermediate_size; with shared experts that are as wide.
         params (`int` or `str`, *optional*): how many parameters to have, such as 4e9 or `"4B"`, in place of sizes.
         ratio (`float`, *optional*): the same as a share of the parameters outside of embeddings and head.
         tolerance (`float`): how far the number of parameters may be off, as a share of it.
@@ -85,6 +93,8 @@ class Minitron(Step):
     intermediate_size: int | None = None
     num_attention_heads: int | None = None
     num_key_value_heads: int | None = None
+    num_experts: int | None = None
+    moe_intermediate_size: int | None = None
     num_hidden_layers: int | None = None
     params: int | float | str | None = None
     ratio: float | None = None
@@ -149,6 +159,9 @@ class Minitron(Step):
         if "heads" in given and "groups" not in given and old.heads == old.groups:
             new = dataclasses.replace(new, groups=new.heads)  # without groups, a head takes its keys and values along
         for name, axis in FIELDS.items():
+            if getattr(new, axis) and not getattr(old, axis):
+                hint = "; the width of its experts is intermediate_size" if old.experts else ""
+                raise ValueError(f"this model has no {name}{hint}")
             if getattr(new, axis) > getattr(old, axis):
                 raise ValueError(f"{name}={getattr(new, axis)} is more than the {getattr(old, axis)} of this model")
         if new.heads % new.groups or new.heads // new.groups > old.heads // old.groups:
@@ -156,6 +169,7 @@ class Minitron(Step):
                 f"{new.heads} query heads cannot be shared evenly by {new.groups} key-value heads with at most "
                 f"{old.heads // old.groups} each; pass num_attention_heads and num_key_value_heads that fit"
             )
+        check_routing(model.config, new.experts)
         whole, stay = heads_together(old, new)
         if self.merge_heads and 2 * stay < whole:
             raise ValueError(
@@ -205,7 +219,7 @@ class Minitron(Step):
             params=None,
             ratio=None,
             scores=None,
-            **{name: getattr(shape.sizes, axis) for name, axis in FIELDS.items()},
+            **{name: getattr(shape.sizes, axis) or None for name, axis in FIELDS.items()},
             num_hidden_layers=shape.layers,
         )
         tables = {"shapes": table} if table else {}
@@ -215,8 +229,17 @@ class Minitron(Step):
         if self.scores is None:
             return importance(model, tokens, aggregate=self.aggregate, batch_size=self.batch_size)
         scores, sizes, layers = Importance.load(self.scores), Sizes.of(model.config), len(decoder_layers(model)[1])
-        wanted = {"neurons": (layers, sizes.neurons), "heads": (layers, sizes.heads), "channels": (sizes.channels,)}
-        for name, shape in (wanted | {"layers": (layers,)}).items():
+        of_experts = scores.neurons is not None and scores.neurons.dim() == 3
+        wanted = {
+            "neurons": (layers, *[sizes.experts] * of_experts, sizes.neurons),
+            "experts": (layers, sizes.experts),
+            "expert_neurons": (layers, sizes.experts, sizes.expert_neurons),
+            "shared_neurons": (layers, sizes.shared * sizes.expert_neurons),
+            "heads": (layers, sizes.heads),
+            "channels": (sizes.channels,),
+            "layers": (layers,),
+        }
+        for name, shape in wanted.items():
             found = getattr(scores, name)
             if found is not None and tuple(found.shape) != shape:
                 raise ValueError(
@@ -234,7 +257,7 @@ class Minitron(Step):
         count, energy, old = len(decoder_layers(model)[1]), None, Sizes.of(model.config)
         kept = kept_widths(old, shape.sizes, count, scores)
         if kept.keys() - {"channels"}:
-            check_layout(model, find_axes(model), old)  # before anything changes
+            check_layout(model, find_axes(model), old, kept.keys())  # before anything changes
         dropped = sorted(scores.layers.argsort(stable=True)[: count - shape.layers].tolist())
         drop_layers(model, dropped)
         stay = [layer for layer in range(count) if layer not in dropped]
@@ -260,7 +283,7 @@ class Minitron(Step):
             self._cut(copied, shape, scores)
             if self.search_steps:
                 Heal(method="full", steps=self.search_steps).apply(copied, tokens[held:], teacher=model)
-            found = {name: getattr(shape.sizes, axis) for name, axis in FIELDS.items()}
+            found = {name: getattr(shape.sizes, axis) for name, axis in FIELDS.items() if getattr(shape.sizes, axis)}
             found |= {"num_hidden_layers": shape.layers, "parameters": shape.parameters}
             rows.append(found | {"perplexity": perplexity(copied, tokens[:held].flatten(), tokens.shape[1])})
         return rows
