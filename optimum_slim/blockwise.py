@@ -19,7 +19,6 @@ Memory: the model, what training needs for one layer, and the hidden states of a
 """
 
 import dataclasses
-import hashlib
 import math
 import os
 import time
@@ -33,7 +32,7 @@ from torch import Tensor, nn
 
 from .batches import cut_batch, draw
 from .block import Block, device_of, evaluating, states_of
-from .journal import Journal, digest
+from .journal import Journal, identity_of
 from .train import fit
 from .walk import decoder_layers, walk
 
@@ -142,7 +141,7 @@ def train_blocks(
     measured = (held if len(held) else order[-1].unique()).tolist()
     run = None
     if journal is not None:
-        identity = options | {"micro_batch_size": micro, "settings": settings} | _identity(model, tokens)
+        identity = options | {"micro_batch_size": micro, "settings": settings} | identity_of(model, tokens)
         run = [Journal(Path(journal) / f"block-{i:05d}", identity) for i in range(len(decoder_layers(model)[1]))]
     return _train(model, walk(model, tokens, batch_size=micro), prepare, finish, options, measured, run, description)
 
@@ -236,11 +235,3 @@ def _run(block: Block, batch: int, states: Tensor) -> Tensor:
     args, kwargs = block.arguments[batch]
     with torch.no_grad(), evaluating(block.layer):
         return states_of(block.layer(states.to(device_of(block.layer)), *args, **kwargs)).to("cpu")
-
-
-def _identity(model: nn.Module, tokens: Tensor) -> dict[str, Any]:
-    """What must be the same of model and tokens for a journal to be taken up."""
-    return {
-        "tokens": f"{tuple(tokens.shape)} {hashlib.sha256(tokens.cpu().contiguous().numpy().tobytes()).hexdigest()}",
-        "weights": digest(model.named_parameters()),
-    }

@@ -71,6 +71,19 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     inspect.add_argument(
         "--widths", action="store_true", help="also score neurons, heads and channels, for the step `minitron`"
     )
+    inspect.add_argument(
+        "--layer-losses",
+        nargs="*",
+        type=int,
+        metavar="N",
+        help="with --widths: also the loss without each N neighbouring layers (1)",
+    )
+    inspect.add_argument(
+        "--shapes",
+        nargs="+",
+        metavar="k=v",
+        help="rank the shapes near a size, by fields of the step `minitron` such as ratio=0.75 search_steps=300",
+    )
     _add_windows(inspect)
     inspect.add_argument("--overwrite", action="store_true", help="replace FOLDER if it exists")
 

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,7 +21,7 @@ from .inspection import inspect
 from .loading import load_model, load_tokenizer
 from .plain_yaml import load_yaml
 from .plan import plan
-from .recipe import slim
+from .recipe import journal_folder, slim
 from .report import Report, megabytes
 from .saving import check_target, save, write_report
 from .step import STEPS, step_from_dict
@@ -68,11 +69,13 @@ def inspect_command(args: argparse.Namespace) -> None:
     if args.heal is not None and not args.text:
         raise ValueError("--heal is shown by the perplexity, which needs a text; add --text FILE")
     heal = None if args.heal is None else step_from_dict({"step": "heal", **_fields(args.heal)})
+    shapes = None if args.shapes is None else step_from_dict({"step": "minitron", **_fields(args.shapes)})
     calibration = as_calibration(_calibration(args.calibration) if args.calibration else None)
     calibration.check()
     tokenizer = load_tokenizer(args.model, **_loaded_as(args))
     model = load_model(args.model, dtype=args.dtype, **_loaded_as(args)).eval()
     tokens = calibration.tokens(model, tokenizer)
+    journal = None if shapes is None else journal_folder(model, [shapes], calibration)
     source = "the model's own text" if calibration.source == "model" else Path(str(calibration.source)).name
     inspection = inspect(
         model,
@@ -85,10 +88,15 @@ def inspect_command(args: argparse.Namespace) -> None:
         window=args.window,
         max_windows=args.max_windows,
         widths=args.widths,
+        layer_losses=(1,) if args.layer_losses == [] else args.layer_losses or (),
+        shapes=shapes,
+        journal=journal,
         tokens_from=source,
         text_from=Path(args.text).name if args.text else "",
     )
     out = inspection.save(args.out, overwrite=args.overwrite)
+    if journal is not None:
+        shutil.rmtree(journal, ignore_errors=True)
     print(inspection.to_markdown())
     if not args.text:
         print("only the heat map was made: the curve of perplexity against layers dropped needs --text FILE")

@@ -155,9 +155,15 @@ def perplexity(
     Raises:
         ValueError: fewer than two tokens, or a window beyond the model's position limit.
     """
+    return math.exp(mean_loss(model, ids, window, max_windows))
+
+
+def mean_loss(
+    model: nn.Module, ids: Tensor | Sequence[int], window: int = 1024, max_windows: int | None = None
+) -> float:
+    """Mean negative log-likelihood of the predicted tokens, in nats: the logarithm of `perplexity`."""
     with _eval_mode(model):
-        nll, _, _ = _mean_nll(model, torch.as_tensor(ids), window, max_windows)
-    return math.exp(nll)
+        return _mean_nll(model, torch.as_tensor(ids), window, max_windows)[0]
 
 
 @contextmanager

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from .importance import Importance
     from .inspection import Inspection
 
@@ -132,10 +134,17 @@ def draw_importance(scores: Importance, title: str, file: str | Path) -> None:
     """Scores of layers, heads and experts as they are; of neurons and channels, the share that the best ones hold.
 
     A straight line there says that all matter alike; a curve that rises fast, that a few do and the others can go.
+    Below them, if it was measured, how the loss grows without blocks of layers.
     """
-    sparse = scores.experts is not None
-    figure = _figure(14.4 if sparse else 9.0, 7.0)
-    layers, heads, neurons, channels, *more = figure.subplots(2, 3 if sparse else 2).flat
+    columns = ["layers", "heads"], ["neurons", "channels"]
+    if scores.experts is not None:
+        columns = ["layers", "heads", "experts"], ["neurons", "channels", "expert_neurons"]
+    losses = scores.loss_increase is not None
+    figure = _figure(14.4 if scores.experts is not None else 9.0, 10.0 if losses else 7.0)
+    panels = figure.subplot_mosaic([*columns, *[["losses"] * len(columns[0])] * losses])
+    layers, heads, neurons, channels = (panels[name] for name in ("layers", "heads", "neurons", "channels"))
+    if losses:
+        _draw_losses(panels["losses"], scores.loss_increase)
     layers.bar(range(len(scores.layers)), scores.layers.tolist(), color=COLOURS[0])
     layers.set_xlabel("layer")
     layers.set_ylabel("block influence (log scale)")
@@ -144,16 +153,85 @@ def draw_importance(scores: Importance, title: str, file: str | Path) -> None:
     _draw_shares(neurons, scores.neurons, "neurons of a layer")
     _draw_shares(channels, None if scores.channels is None else scores.channels[None], "hidden channels")
     drawn = [(heads, scores.heads), (neurons, scores.neurons), (channels, scores.channels)]
-    if sparse:
-        _draw_units(more[0], scores.experts, "expert")
-        _draw_shares(more[1], scores.expert_neurons, "expert neurons")
-        drawn.append((more[1], scores.expert_neurons))
+    if scores.experts is not None:
+        _draw_units(panels["experts"], scores.experts, "expert")
+        _draw_shares(panels["expert_neurons"], scores.expert_neurons, "expert neurons")
+        drawn.append((panels["expert_neurons"], scores.expert_neurons))
     for axes, found in drawn:
         if found is None:
             axes.text(0.5, 0.5, "no width of its own\nin this model", ha="center", va="center")
             axes.set_axis_off()
     figure.suptitle(title, fontsize=11)
     figure.savefig(file)
+
+
+def _draw_losses(axes, increase: Tensor) -> None:
+    """One line for each size of block; the scale is straight between -0.01 and 0.01 and logarithmic beyond."""
+    measured = [n for n, row in enumerate(increase.tolist(), start=1) if not math.isnan(row[0])]
+    for i, n in enumerate(measured):
+        shade = i / max(1, len(measured) - 1)
+        row = increase[n - 1, : len(increase) - n + 1].tolist()
+        label = "1 layer" if n == 1 else f"{n} layers"
+        axes.plot(range(len(row)), row, "o-", markersize=3, color=(shade, 0.35, 1 - shade), label=label)
+    axes.set_yscale("symlog", linthresh=0.01)
+    axes.axhline(0, color=COLOURS[2], linestyle="--", linewidth=0.8)
+    axes.set_xlabel("first layer left out")
+    axes.set_ylabel("increase of the loss (nats)")
+    axes.grid(alpha=0.3)
+    axes.legend(title="left out", fontsize=8)
+    _integers(axes.xaxis)
+
+
+def draw_shapes(rows: Sequence[dict[str, Any]], title: str, file: str | Path) -> None:
+    """Perplexity, on a logarithmic axis, of the shapes that were compared, the best on top.
+
+    Args:
+        rows: as `Minitron.ranking` gives them.
+        title: over the picture.
+    """
+    figure = _figure(9.0, 1.6 + 0.32 * len(rows))
+    axes = figure.subplots()
+    places = range(len(rows))
+    curves = [("perplexity", "as it is cut", "o", COLOURS[1], "left")]
+    if any(row["perplexity_healed"] is not None for row in rows):
+        curves.append(("perplexity_healed", "after a short distillation", "s", COLOURS[0], "right"))
+    for key, label, marker, colour, side in curves:
+        values = [row[key] if row[key] is not None and math.isfinite(row[key]) else math.nan for row in rows]
+        axes.plot(values, places, marker, color=colour, label=label)
+        for x, y in zip(values, places, strict=True):
+            if math.isfinite(x):
+                axes.annotate(
+                    _short(x),
+                    (x, y),
+                    xytext=(6 if side == "left" else -6, 0),
+                    textcoords="offset points",
+                    ha=side,
+                    va="center",
+                    fontsize=8,
+                    color=colour,
+                )
+    axes.set_yticks(places, [f"{row['rank']}.  {shape_text(row, rows)}" for row in rows], fontsize=8)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xscale("log")
+    _plain_numbers(axes.xaxis)
+    axes.margins(x=0.12)
+    axes.set_xlabel("perplexity (log scale)")
+    axes.grid(which="both", alpha=0.3)
+    figure.legend(loc="outside lower right", ncols=2, fontsize=8)
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(file)
+
+
+def shape_text(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
+    """The sizes in which the shapes `rows` differ, and the number of parameters: "hidden 448, layers 28, 85.2M"."""
+    short = {"hidden_size": "hidden", "intermediate_size": "neurons", "num_key_value_heads": "kv heads"}
+    sizes = [name for name in row if name not in ("rank", "parameters", "perplexity", "perplexity_healed")]
+    parts = [
+        f"{short.get(name) or name.rpartition('_')[2]} {row[name]:,}"
+        for name in sizes
+        if len({other[name] for other in rows}) > 1
+    ]
+    return ", ".join([*parts, f"{_short(row['parameters'] / 1e6)}M"])
 
 
 def _draw_units(axes, scores, what: str) -> None:

@@ -39,7 +39,7 @@ from .walk import decoder_layers
 
 AGGREGATES = ("mean", "l2", "variance")
 BY_LAYER = ("neurons", "heads", "experts", "expert_neurons", "shared_neurons")
-SCORES = (*BY_LAYER, "channels", "layers", "energy")
+SCORES = (*BY_LAYER, "channels", "layers", "energy", "loss_increase")
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ class Importance:
         expert_neurons: (layers, experts, moe_intermediate_size).
         shared_neurons: (layers, n_shared_experts * moe_intermediate_size), of shared experts that are as wide as so
             many others.
+        loss_increase: (layers, layers), by how much the loss grows without blocks of layers (see `layer_loss.py`).
     """
 
     neurons: Tensor | None
@@ -72,6 +73,7 @@ class Importance:
     experts: Tensor | None = None
     expert_neurons: Tensor | None = None
     shared_neurons: Tensor | None = None
+    loss_increase: Tensor | None = None
 
     def save(self, path: str | Path) -> None:
         """Write the scores as a safetensors file."""

@@ -6,8 +6,10 @@ Two pictures of "The Unreasonable Ineffectiveness of the Deeper Layers" (arXiv 2
   layers. Where it is small the block hardly turns the residual stream, and may go.
 * perplexity against the number of layers dropped, with and without healing.
 
-With `widths=True` also how much neurons, heads, channels and layers matter (`importance.py`), as a picture and as a
-file that `Minitron(scores=...)` takes.
+With `widths=True` also how much neurons, heads, channels and layers matter (`importance.py`), and with `layer_losses`
+what the loss becomes without blocks of layers (`layer_loss.py`), as a picture and as a file that
+`Minitron(scores=...)` takes. With `shapes=Minitron(ratio=...)`, the shapes of that size and how they do
+(`shape_search.py`).
 
     inspection = inspect(model, tokens, text_ids=tokenize("wiki.test.raw", tokenizer))
     inspection.save("pictures")
@@ -30,12 +32,15 @@ from torch import Tensor, nn
 from .block import evaluating
 from .distance import angular_distances, distance_rows, last_token_states
 from .evaluate import perplexity
-from .figures import check_matplotlib, draw_distances, draw_importance, draw_perplexity
+from .figures import check_matplotlib, draw_distances, draw_importance, draw_perplexity, draw_shapes
 from .importance import Importance, importance
+from .layer_loss import loss_increase
 from .memory import shared_copy
 from .methods.depth import Depth, greedy_order
+from .methods.minitron import Minitron
 from .saving import check_target, take_place
 from .step import Step
+from .undisturbed import own_flags
 from .walk import decoder_layers
 
 
@@ -54,6 +59,8 @@ class Inspection:
         text: what the perplexity was measured on, in words.
         heal: the healing step as recorded, if there was one.
         importance: scores of widths and layers, if they were asked for.
+        shapes: rows of `Minitron.ranking`, best first, if they were asked for.
+        search: the step that ranked them, as recorded.
     """
 
     model: str
@@ -66,6 +73,8 @@ class Inspection:
     text: str = ""
     heal: dict[str, Any] | None = None
     importance: Importance | None = None
+    shapes: tuple[dict[str, Any], ...] = ()
+    search: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the importance scores as JSON types."""
@@ -82,6 +91,7 @@ class Inspection:
             lines.append(f"| {n} | {start} | {layers} | {self.distances[n - 1][start]:.4f} |")
         if self.importance is not None:
             lines += ["", "![](importance.png)", "", "Scores: `importance.safetensors`, for `Minitron(scores=...)`."]
+        lines += self._shape_lines() if self.shapes else []
         if self.dense_perplexity is None:
             return "\n".join(lines) + "\n"
         lines += ["", f"Perplexity on {self.text}; layers chosen by `{self.metric}`.", "", "![](perplexity.png)", ""]
@@ -95,11 +105,32 @@ class Inspection:
             lines += ["", f"Healed by `{json.dumps(self.heal)}`."]
         return "\n".join(lines) + "\n"
 
+    def _shape_lines(self) -> list[str]:
+        names = [name for name in self.shapes[0] if name not in ("perplexity", "perplexity_healed")]
+        rows = [[f"{row[name]:,}" for name in names] for row in self.shapes]
+        for row, texts in zip(self.shapes, rows, strict=True):
+            healed = row["perplexity_healed"]
+            texts += [f"{row['perplexity']:.4g}", "" if healed is None else f"{healed:.4g}"]
+        header = [*names, "perplexity", "healed"]
+        tables = [header, ["---"] * len(header), *rows]
+        sizes = " ".join(f"{name}={self.shapes[0][name]}" for name in names if name not in ("rank", "parameters"))
+        asked = {name: value for name, value in (self.search or {}).items() if value is not None}
+        return [
+            "",
+            f"Shapes found by `{json.dumps(asked)}`, perplexity on held-out samples of {self.tokens}.",
+            "",
+            "![](shapes.png)",
+            "",
+            *(f"| {' | '.join(texts)} |" for texts in tables),
+            "",
+            f"To take one, name its sizes; the best: `--step minitron {sizes}`.",
+        ]
+
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Write the pictures, `inspection.json` and `inspection.md` to a folder, all or nothing.
 
         `angular_distance.png` is always drawn, `perplexity.png` if there was a text; `importance.png` and
-        `importance.safetensors` if widths were asked for.
+        `importance.safetensors` if widths were asked for, `shapes.png` if shapes were.
 
         Raises:
             FileExistsError: the folder has something in it and `overwrite` is not set.
@@ -120,6 +151,8 @@ class Inspection:
                     self.importance, f"{self.model}: importance\n{self.tokens}", partial / "importance.png"
                 )
                 self.importance.save(partial / "importance.safetensors")
+            if self.shapes:
+                draw_shapes(self.shapes, f"{self.model}: shapes of about the same size", partial / "shapes.png")
             data = json.dumps(self.to_dict(), indent=2) + "\n"
             (partial / "inspection.json").write_text(data, encoding="utf-8")
             (partial / "inspection.md").write_text(self.to_markdown(), encoding="utf-8")
@@ -141,6 +174,9 @@ def inspect(
     max_windows: int | None = None,
     heal_tokens: Tensor | None = None,
     widths: bool = False,
+    layer_losses: Sequence[int] = (),
+    shapes: Minitron | None = None,
+    journal: str | Path | None = None,
     tokens_from: str = "",
     text_from: str = "",
 ) -> Inspection:
@@ -155,6 +191,9 @@ def inspect(
         text_ids: int64 (tokens,), the text of the perplexity; `None` measures distances only.
         window, max_windows: of the perplexity; a window is at most as long as the text and the model's own limit.
         widths: also score neurons, heads, channels and layers, on `tokens`.
+        layer_losses: with `widths`, numbers of neighbouring layers that are left out to see how the loss grows.
+        shapes: a `Minitron` step, with `params` or `ratio`, to rank the shapes it finds, on `tokens`.
+        journal: folder for what a killed ranking goes on from; the caller removes it.
         tokens_from, text_from: where tokens and text come from, for titles.
 
     Raises:
@@ -162,11 +201,15 @@ def inspect(
             matrix.
     """
     count = len(decoder_layers(model)[1])
-    wrong = [n for n in drops if not 1 <= n < count]
-    if text_ids is not None and wrong:
+    wrong = [n for n in (*layer_losses, *(drops if text_ids is not None else ())) if not 1 <= n < count]
+    if wrong:
         raise ValueError(f"cannot drop {wrong} of the {count} layers of this model; drop between 1 and {count - 1}")
     if text_ids is None and heal is not None:
         raise ValueError("healing is shown by the perplexity, which needs a text; pass text_ids")
+    if layer_losses and not widths:
+        raise ValueError("losses without layers are kept with the scores of the widths; pass widths=True")
+    if shapes is not None:
+        shapes.shapes(model)  # what cannot be is refused before anything is measured
     found: dict[str, Any] = {}
     with evaluating(model):
         distances, best = distance_rows(angular_distances(last_token_states(model, tokens)).tolist())
@@ -183,6 +226,15 @@ def inspect(
                 )
                 for depth in _cuts(model, tokens, drops, metric, best)
             )
+        if widths:
+            found["importance"] = importance(model, tokens)
+        if layer_losses:
+            losses = loss_increase(model, tokens, layer_losses)
+            found["importance"] = dataclasses.replace(found["importance"], loss_increase=losses)
+        if shapes is not None:
+            with torch.no_grad():
+                found["shapes"] = tuple(shapes.ranking(model, tokens, journal=journal))
+            found["search"] = shapes.to_dict()
     return Inspection(
         model=_name(model),
         tokens=_from(f"{tokens.shape[0]:,} samples of {tokens.shape[1]:,} tokens", tokens_from),
@@ -190,7 +242,6 @@ def inspect(
         best=best,
         metric=metric,
         heal=None if heal is None else heal.to_dict(),
-        importance=importance(model, tokens) if widths else None,
         **found,
     )
 
@@ -210,17 +261,12 @@ def _row(
 ) -> dict[str, Any]:
     """One row of the curve: a copy of `model` without some of its layers, measured, healed, and measured again."""
     cut = shared_copy(model)
-    asked = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    try:
-        with torch.no_grad():
-            layers = depth.resolve(cut).apply(cut, tokens).step["layers"]
-            row = {"dropped": len(layers), "layers": layers, "perplexity": measure(cut), "perplexity_healed": None}
-            if heal is not None:
-                heal.resolve(cut).apply(cut, heal_tokens, teacher=model)
-                row["perplexity_healed"] = measure(cut)
-    finally:
-        for parameter, gradient in asked.items():  # a step may freeze tensors that the copy shares with `model`
-            parameter.requires_grad_(gradient)
+    with torch.no_grad(), own_flags(model):  # a step may freeze tensors that the copy shares with `model`
+        layers = depth.resolve(cut).apply(cut, tokens).step["layers"]
+        row = {"dropped": len(layers), "layers": layers, "perplexity": measure(cut), "perplexity_healed": None}
+        if heal is not None:
+            heal.resolve(cut).apply(cut, heal_tokens, teacher=model)
+            row["perplexity_healed"] = measure(cut)
     return row
 
 

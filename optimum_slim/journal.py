@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 logger = logging.getLogger(__name__)
@@ -122,6 +122,14 @@ def digest(tensors: Iterable[tuple[str, Tensor]], *, values: bool = True, start:
             chosen = torch.arange(0, flat.numel(), max(1, flat.numel() // PROBES), device=flat.device)
             total.update(flat[chosen].cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
+
+
+def identity_of(model: nn.Module, tokens: Tensor) -> dict[str, str]:
+    """What of model and tokens must be the same for a journal to be taken up."""
+    return {
+        "tokens": f"{tuple(tokens.shape)} {hashlib.sha256(tokens.cpu().contiguous().numpy().tobytes()).hexdigest()}",
+        "weights": digest(model.named_parameters()),
+    }
 
 
 class _HashingWriter:

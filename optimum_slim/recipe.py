@@ -100,9 +100,10 @@ def run_steps(model, steps, config: SlimConfig) -> tuple[list[Step], list[StepRe
                 step.resolve(model)  # a recipe that cannot work is refused before data is made for it
             tokens = _tokens(model, steps, config)
             teacher = shared_copy(model) if any(step.needs_teacher for step in steps) else None
-            journal = _journal(model, steps, config) if any(step.trains for step in steps) else None
+            keeps = any(step.keeps_journal for step in steps)
+            journal = journal_folder(model, steps, config.calibration) if keeps else None
             for number, step in enumerate(steps):
-                folder = journal / f"{number}-{step.name}" if step.trains else None
+                folder = journal / f"{number}-{step.name}" if step.keeps_journal else None
                 reports.append(step.resolve(model).apply(model, tokens[number], teacher=teacher, journal=folder))
             if journal is not None:
                 shutil.rmtree(journal, ignore_errors=True)
@@ -127,9 +128,9 @@ def _tokens(model, steps, config: SlimConfig) -> list[Tensor | None]:
     return tokens
 
 
-def _journal(model, steps, config: SlimConfig) -> Path:
+def journal_folder(model, steps, calibration: Calibration) -> Path:
     """The folder in which a run of this recipe on this model keeps its progress: the same run finds it again."""
-    run = [fingerprint(model), [step.to_dict() for step in steps], config.calibration.to_dict()]
+    run = [fingerprint(model), [step.to_dict() for step in steps], calibration.to_dict()]
     run.append(importlib.metadata.version("transformers"))
     return cache_dir() / "runs" / hashlib.sha256(json.dumps(run).encode()).hexdigest()[:40]
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from .card import model_card
 from .distance import distance_rows
-from .figures import draw_distances
+from .figures import draw_distances, draw_shapes
 from .report import Report, as_dict, megabytes
 from .stored import stored_bits
 
@@ -158,12 +158,16 @@ def write_report(model, folder: str | Path, report: Report | None = None, *, rep
 def _draw(report: Report | None, folder: Path) -> list[str]:
     """Draw what the report has a picture for into `folder`, where matplotlib is installed; returns the file names."""
     tables = [as_dict(step).get("tables", {}) for step in report.steps] if report is not None else []
-    distances = next((table["angular_distance"] for table in tables if "angular_distance" in table), None)
-    if distances is None or importlib.util.find_spec("matplotlib") is None:
+    found = {name: table[name] for table in tables for name in ("angular_distance", "shapes") if name in table}
+    if not found or importlib.util.find_spec("matplotlib") is None:
         return []
-    title = f"{report.model or 'model'}: angular distance of blocks of layers"
-    draw_distances(*distance_rows(distances), title, folder / "angular_distance.png")
-    return ["angular_distance.png"]
+    name = report.model or "model"
+    if "angular_distance" in found:
+        title = f"{name}: angular distance of blocks of layers"
+        draw_distances(*distance_rows(found["angular_distance"]), title, folder / "angular_distance.png")
+    if "shapes" in found:
+        draw_shapes(found["shapes"], f"{name}: shapes of about the same size", folder / "shapes.png")
+    return [f"{name}.png" for name in found]
 
 
 def _write(model, folder: Path, tokenizer, report: Report | None, max_shard_size, repo_id: str | None, name) -> None:

@@ -87,7 +87,7 @@ class Step(ABC):
     What a step needs may depend on its fields, so these may be properties: `needs_data` (calibration tokens),
     `needs_teacher` (the model as it was before the recipe). `before_packing` is set by steps that need ordinary
     weights, `takes_adapters` by packing steps whose layers can be trained with adapters and merged all the same,
-    `trains` by steps that run long enough to keep a journal.
+    `trains` by steps that train what they find.
     """
 
     name: ClassVar[str]
@@ -106,8 +106,13 @@ class Step(ABC):
             tokens: int64 (samples, length), or `None` if the step needs no data.
             teacher: the model as it was before the recipe, if the step needs it. It shares its parameter tensors with
                 `model`, so that a step must put new tensors in place of those it changes.
-            journal: a folder for what a killed run goes on from, if the step trains.
+            journal: a folder for what a killed run goes on from, if the step keeps one.
         """
+
+    @property
+    def keeps_journal(self) -> bool:
+        """Whether it runs so long that it should go on where it was after a kill."""
+        return self.trains
 
     def calibration(self, recipe: Calibration) -> Calibration:
         """The data of this step, by default that of the whole recipe."""

@@ -51,6 +51,17 @@ def as_it_was(model: nn.Module, parameters: Iterable[nn.Parameter], checkpointin
 
 
 @contextlib.contextmanager
+def own_flags(model: nn.Module) -> Iterator[None]:
+    """Parameters ask for gradients afterwards as they did before, whatever was done to copies that share them."""
+    asked = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        yield
+    finally:
+        for parameter, gradient in asked.items():
+            parameter.requires_grad_(gradient)
+
+
+@contextlib.contextmanager
 def activation_checkpointing(model: nn.Module) -> Iterator[None]:
     """Non-reentrant checkpointing through the model's own method, which Transformers 5.23 renames.
 

@@ -148,6 +148,22 @@ def skipping(layers: Iterable[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
+def entering(stack: nn.ModuleList, index: int, states: Tensor) -> Iterator[None]:
+    """Let the decoder begin with layer `index`, at least 1, and these hidden states (batch, length, hidden).
+
+    With the number of layers as `index`, they go straight to what comes behind the stack.
+    """
+    hook = stack[index - 1].register_forward_hook(
+        lambda layer, args, output: (states,) if isinstance(output, tuple) else states
+    )
+    try:
+        with skipping(stack[:index]):
+            yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
 def _recording(stack: nn.ModuleList, recorded: list[tuple[Tensor, tuple, dict]]) -> Iterator[None]:
     """Let every layer record its arguments and hand the hidden states through."""
     with _handing_through(stack, lambda *arguments: recorded.append(arguments)):

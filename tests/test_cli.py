@@ -12,7 +12,9 @@ import yaml
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import optimum_slim
+from optimum_slim import shape_search
 from optimum_slim.cli import main
+from optimum_slim.importance import Importance
 
 
 PACKAGE = Path(optimum_slim.__file__).parent
@@ -241,6 +243,30 @@ def test_inspect_draws_and_saves(with_words, tmp_path, capsys):
     assert not (out / "perplexity.png").exists()
 
 
+def test_inspect_ranks_shapes_and_goes_on_after_a_kill(with_words, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setenv("OPTIMUM_SLIM_CACHE", str(tmp_path / "cache"))
+    model, out = with_words[0], tmp_path / "pictures"
+    words = ["inspect", str(model), "--out", str(out), *CALIBRATION, "--shapes", "ratio=0.75", "--widths"]
+    words.append("--layer-losses")
+    original, measured = shape_search.perplexity, []
+
+    def measure(*arguments):
+        measured.append(1)
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(shape_search, "perplexity", measure)
+    assert main(words) == 130 and not out.exists()
+    assert main(words) == 0
+    data = json.loads((out / "inspection.json").read_text())
+    assert len(measured) == len(data["shapes"]) + 1 and not list((tmp_path / "cache" / "runs").iterdir())
+    assert (out / "shapes.png").is_file() and "--step minitron hidden_size=" in capsys.readouterr().out
+    losses = Importance.load(out / "importance.safetensors").loss_increase
+    assert losses.isnan().tolist() == [[False, False], [True, True]]
+
+
 @pytest.mark.slow
 def test_inspect_heals(with_words, tmp_path):
     pytest.importorskip("matplotlib")
@@ -257,6 +283,8 @@ WRONG_INSPECTION = {
     "heal field": (["--text", "TEXT", "--heal", "rang=4"], "has no field 'rang'. Did you mean 'rank'?"),
     "text file": (["--text", "no.txt"], "--text: no such text file: no.txt"),
     "drop": (["--text", "TEXT", "--drop", "2"], "cannot drop [2] of the 2 layers"),
+    "losses": (["--layer-losses"], "pass widths=True"),
+    "shapes": (["--shapes", "ratio=0.75", "steps=3"], "has no field 'steps'"),
     "metric": (["--text", "TEXT", "--metric", "depth"], "metric must be one of"),
 }
 

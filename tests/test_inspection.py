@@ -9,10 +9,11 @@ import torch
 from helpers import tiny_llama, token_ids
 from moe_models import sparse
 
-from optimum_slim import perplexity
-from optimum_slim.figures import draw_importance
+from optimum_slim import Minitron, perplexity, slim
+from optimum_slim.figures import draw_importance, draw_shapes, shape_text
 from optimum_slim.importance import Importance, importance
 from optimum_slim.inspection import Inspection, inspect
+from optimum_slim.layer_loss import loss_increase
 from optimum_slim.methods.depth import Depth
 from optimum_slim.methods.heal import Heal
 
@@ -115,10 +116,65 @@ def test_healing_leaves_the_model_as_it_was_too(method):
     assert inspection.heal["method"] == method
 
 
+def test_losses_without_layers_are_kept_with_the_scores(tmp_path):
+    pytest.importorskip("matplotlib")
+    from matplotlib.image import imread
+
+    model, tokens = planted(), token_ids(4, 12)
+    before = snapshot(model)
+    inspection = inspect(model, tokens, widths=True, layer_losses=(2, 1))
+    assert_unchanged(model, before)
+    found = inspection.importance.loss_increase
+    assert torch.equal(found[:2, :5], loss_increase(model, tokens, (1, 2))[:2, :5]) and found[1, 2] == 0
+    plain = inspect(model, tokens, widths=True).save(tmp_path / "plain") / "importance.png"
+    out = inspection.save(tmp_path / "losses")
+    assert imread(out / "importance.png").shape[0] > imread(plain).shape[0]
+    again = Importance.load(out / "importance.safetensors").loss_increase
+    torch.testing.assert_close(again, found, equal_nan=True, rtol=0, atol=0)
+
+
+def test_shapes_are_ranked_drawn_and_told(tmp_path):
+    pytest.importorskip("matplotlib")
+    from matplotlib.image import imread
+
+    model, tokens = planted(), token_ids(8, 12)
+    before, step = snapshot(model), Minitron(ratio=0.75)
+    inspection = inspect(model, tokens, shapes=step, journal=tmp_path / "journal")
+    assert_unchanged(model, before)
+    assert inspection.shapes == tuple(step.ranking(model, tokens)) and len(inspection.shapes) > 1
+    assert (tmp_path / "journal" / "shapes" / "fit.pt").is_file()
+    out = inspection.save(tmp_path / "pictures")
+    picture = imread(out / "shapes.png")
+    assert min(picture.shape[:2]) > 300 and picture[..., :3].std() > 0.05
+    data, best = json.loads((out / "inspection.json").read_text()), inspection.shapes[0]
+    assert data["shapes"] == list(inspection.shapes) and data["search"]["ratio"] == 0.75
+    text = (out / "inspection.md").read_text()
+    assert f"| 1 | {best['hidden_size']} | {best['intermediate_size']} |" in text and "![](shapes.png)" in text
+    words = text.split("--step minitron ")[1].split("`")[0].split()
+    sizes = {name: int(value) for name, value in (word.split("=") for word in words)}
+    slim(model, Minitron(**sizes), data=tokens)
+    assert model.num_parameters() == best["parameters"]
+
+
+def test_shapes_that_were_trained_are_drawn_with_both_perplexities(tmp_path):
+    pytest.importorskip("matplotlib")
+    row = {"rank": 1, "hidden_size": 64, "num_attention_heads": 4, "parameters": 85_200_000}
+    rows = [row | {"perplexity": 30.0, "perplexity_healed": 20.0}]
+    rows.append(row | {"rank": 2, "hidden_size": 1024, "perplexity": math.inf, "perplexity_healed": 25.0})
+    draw_shapes(rows, "tiny", tmp_path / "shapes.png")
+    assert (tmp_path / "shapes.png").stat().st_size > 10_000
+    assert shape_text(rows[1], rows) == "hidden 1,024, 85.2M" and shape_text(row, rows[:1]) == "85.2M"
+    text = made(shapes=tuple(rows), search={"step": "minitron", "ratio": 0.5, "params": None}).to_markdown()
+    assert "| 1 | 64 | 4 | 85,200,000 | 30 | 20 |" in text and '`{"step": "minitron", "ratio": 0.5}`' in text
+
+
 WRONG = {
     "too many": ({"drops": (1, 6), "text_ids": TEXT}, r"cannot drop \[6\] of the 6 layers"),
     "none": ({"drops": (0,), "text_ids": TEXT}, r"cannot drop \[0\] of the 6 layers"),
     "heal without text": ({"heal": Heal(steps=1)}, "needs a text; pass text_ids"),
+    "layer losses": ({"layer_losses": (1, 6), "widths": True}, r"cannot drop \[6\] of the 6 layers"),
+    "layer losses without widths": ({"layer_losses": (1,)}, "pass widths=True"),
+    "shapes": ({"shapes": Minitron(params=100)}, "no shape of this model"),
     "metric": ({"metric": "angle", "text_ids": TEXT, "drops": (1,)}, "metric"),
 }
 

@@ -8,7 +8,8 @@ from helpers import tiny_llama, token_ids
 from torch import nn
 from walk_models import MODELS, assert_untouched, linears, tiny_model
 
-from optimum_slim.walk import decoder_layers, skipping, walk
+from optimum_slim.distance import boundaries
+from optimum_slim.walk import decoder_layers, entering, skipping, walk
 
 
 @pytest.fixture
@@ -173,6 +174,22 @@ def test_skipped_layers_hand_the_hidden_states_through_and_come_back():
     model.model.layers = torch.nn.ModuleList([model.model.layers[0], model.model.layers[3]])
     assert torch.equal(model(ids, use_cache=False).logits, skipped)
     assert not torch.equal(skipped, whole)
+
+
+@pytest.mark.parametrize("index", [1, 2, 3])
+@pytest.mark.parametrize("model_type", MODELS)
+def test_a_decoder_can_begin_with_any_layer(model_type, index, tokens):
+    model = tiny_model(model_type)
+    stack = decoder_layers(model)[1]
+    with torch.no_grad():
+        whole = model(tokens, use_cache=False).logits
+        states = boundaries(model, tokens)[index]
+        with entering(stack, index, states):
+            again = model(torch.ones_like(tokens), use_cache=False).logits
+        with entering(stack, index, states * 2):
+            other = model(tokens, use_cache=False).logits
+    assert torch.equal(again, whole) and not torch.equal(other, whole)
+    assert_untouched(model)
 
 
 def test_each_layer_is_visited_in_its_context(tokens):

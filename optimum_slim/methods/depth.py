@@ -16,16 +16,16 @@ The final layer is kept by the first two, as the paper asks. Follow with `Heal`,
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
 
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..distance import angular_distances, block_influence, last_token_states
-from ..evaluate import perplexity
+from ..layer_loss import losses_without
 from ..patch import fit_patches, merge_patch
 from ..step import Step, StepReport, register
 from ..surgery import drop_layers
@@ -158,18 +158,13 @@ def greedy_order(model: nn.Module, tokens: Tensor, count: int, candidates) -> tu
     stack, left = decoder_layers(model)[1], list(candidates)
     removed: list[int] = []
     perplexities: list[float] = []
-    rounds = sum(len(left) - i for i in range(count))
-    with tqdm(total=rounds, desc="perplexity without a layer", unit="layer", disable=None) as progress:
-        for _ in range(count):
-            found = {}
-            for layer in left:
-                with skipping([stack[i] for i in (*removed, layer)]):
-                    found[layer] = perplexity(model, tokens.flatten(), window=tokens.shape[1])
-                progress.update()
-            best = min(left, key=found.__getitem__)
-            left.remove(best)
-            removed.append(best)
-            perplexities.append(found[best])
+    for _ in range(count):
+        with skipping([stack[i] for i in removed]):
+            found = dict(zip(left, losses_without(model, tokens, [(i, i + 1) for i in left]), strict=True))
+        best = min(left, key=found.__getitem__)
+        left.remove(best)
+        removed.append(best)
+        perplexities.append(math.exp(found[best]))
     return removed, perplexities
 
 

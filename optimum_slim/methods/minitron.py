@@ -9,11 +9,11 @@ package. It needs training afterwards, best by distillation from the model it wa
 
 Query heads are ranked within the group of their key-value head, and each group keeps equally many; so are experts in
 the groups of a group-limited router. Each layer keeps its own experts, each expert its own neurons. Layers go by block
-influence, 1 - E[cos(in, out)], wherever they are.
+influence, 1 - E[cos(in, out)], wherever they are, or by the loss without them (`layer_loss.py`).
 
-With `params` or `ratio` in place of sizes, all shapes near that number of parameters are cut out of the model
-(`shapes.py`), trained for `search_steps` if asked for, and measured; the one of least perplexity on held-out samples
-stays, and the report has them all.
+With `params` or `ratio` in place of sizes, all shapes near that number of parameters (`shapes.py`) are cut out of the
+model, trained for `search_steps` if asked for, and ranked by their perplexity on held-out samples (`shape_search.py`);
+the best one stays, and the report has them all.
 
 A norm divides by a mean over the channels that are left. `norm_correction` multiplies its weight so that what comes
 out keeps its size, given the share of the stream's energy that was kept; removing dead channels is exact that way. The
@@ -26,25 +26,25 @@ import copy
 import dataclasses
 import time
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..axes import Sizes, find_axes
 from ..compensation import compensate
-from ..evaluate import perplexity
 from ..importance import AGGREGATES, Importance, importance
+from ..journal import digest
+from ..layer_loss import LAYER_METRICS, least_layers, with_losses
 from ..layout import check_layout
-from ..memory import shared_copy
 from ..ranking import heads_together, kept_widths, merge_heads
+from ..shape_search import rank_shapes
 from ..shapes import Counter, Shape, candidates
 from ..step import Step, StepReport, register
 from ..surgery import drop_layers
 from ..walk import decoder_layers
 from ..width import check_routing, has_rms_norms, narrow
-from .heal import Heal
 
 
 FIELDS = {
@@ -83,6 +83,9 @@ class Minitron(Step):
             by default where that is possible, with RMS norms.
         compensate (`bool`): fit the down and output projections to the neurons and heads that stay, by least squares
             on the calibration data (`compensation.py`). Takes as long as two or three passes over them.
+        layer_metric (`str`): which layers go: `"block_influence"`, those that change the hidden states least;
+            `"loss"`, those without which, one by one, the loss grows least; `"contiguous"`, the block of neighbours
+            without which it grows least, never the first or last layer. Losses are measured on 16 samples.
         batch_size (`int`): samples per forward pass.
 
     Raises:
@@ -105,6 +108,7 @@ class Minitron(Step):
     merge_heads: bool = False
     norm_correction: bool | None = None
     compensate: bool = True
+    layer_metric: str = "block_influence"
     batch_size: int = 8
 
     before_packing: ClassVar[bool] = True
@@ -115,6 +119,8 @@ class Minitron(Step):
             object.__setattr__(self, "scores", str(self.scores))
         if len(self.aggregate) != 2 or any(name not in AGGREGATES for name in self.aggregate):
             raise ValueError(f"aggregate must be two of {', '.join(AGGREGATES)}, found {self.aggregate!r}")
+        if self.layer_metric not in LAYER_METRICS:
+            raise ValueError(f"layer_metric must be one of {', '.join(LAYER_METRICS)}, found {self.layer_metric!r}")
         for name in (*FIELDS, "num_hidden_layers", "batch_size"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
@@ -137,12 +143,21 @@ class Minitron(Step):
 
     @property
     def needs_data(self) -> bool:
-        return self.scores is None or self.compensate or self.params is not None or self.ratio is not None
+        return self.scores is None or self.compensate or self.searches
+
+    @property
+    def keeps_journal(self) -> bool:
+        return self.searches
+
+    @property
+    def searches(self) -> bool:
+        """Whether the shape is looked for, not given."""
+        return self.params is not None or self.ratio is not None
 
     def shapes(self, model: nn.Module) -> list[Shape]:
         """What the model may be cut to: the sizes asked for, or those with about so many parameters."""
         counter = Counter(model)
-        if self.params is None and self.ratio is None:
+        if not self.searches:
             sizes, layers = self.sizes(model), self.num_hidden_layers or counter.layers
             return [Shape(sizes, layers, counter.count(sizes, layers))]
         target = self.params
@@ -198,12 +213,13 @@ class Minitron(Step):
     def apply(self, model: nn.Module, tokens: Tensor | None = None, *, teacher=None, journal=None) -> StepReport:
         start, old, shapes = time.perf_counter(), Sizes.of(model.config), self.shapes(model)
         before, (prefix, stack) = model.num_parameters(), decoder_layers(model)
-        scores = self._scores(model, tokens)
-        table = self._search(model, tokens, shapes, scores) if len(shapes) > 1 else []
-        best = min(range(len(shapes)), key=lambda i: table[i]["perplexity"]) if table else 0
-        shape, layers = shapes[best], len(stack)
+        scores = self._scores(model, tokens, shapes)
+        ranked = self._ranked(model, tokens, shapes, scores, journal) if len(shapes) > 1 else {}
+        shape, layers = next(iter(ranked or shapes)), len(stack)
         dropped, energy = self._cut(model, shape, scores, tokens if self.compensate else None)
         rows = [{"name": f"{prefix}.{i}", "block_influence": value.item()} for i, value in enumerate(scores.layers)]
+        for row, value in zip(rows, [] if scores.loss_increase is None else scores.loss_increase[0], strict=False):
+            row |= {} if value.isnan() else {"loss_increase": value.item()}
         notes = [f"{before:,} parameters became {model.num_parameters():,}"]
         changed = [
             f"{name} {getattr(old, axis)} to {getattr(shape.sizes, axis)}"
@@ -212,8 +228,9 @@ class Minitron(Step):
         ]
         notes += [f"narrower: {', '.join(changed)}"] if changed else []
         notes += [f"kept {energy:.1%} of the residual stream's energy"] if energy is not None else []
-        notes += [f"dropped layers {', '.join(map(str, dropped))} of {layers} by block influence"] if dropped else []
-        notes += [f"the best of {len(table)} shapes, perplexity {table[best]['perplexity']:.4g}"] if table else []
+        why = LAYER_METRICS[self.layer_metric]
+        notes += [f"dropped layers {', '.join(map(str, dropped))} of {layers} by {why}"] if dropped else []
+        notes += [f"the best of {len(ranked)} shapes, {_outcome(ranked[shape], self.search_steps)}"] if ranked else []
         step = dataclasses.replace(
             self,
             params=None,
@@ -222,12 +239,35 @@ class Minitron(Step):
             **{name: getattr(shape.sizes, axis) or None for name, axis in FIELDS.items()},
             num_hidden_layers=shape.layers,
         )
-        tables = {"shapes": table} if table else {}
+        tables = {"shapes": _table(ranked)} if ranked else {}
         return StepReport(step.to_dict(), time.perf_counter() - start, rows, notes, tables)
 
-    def _scores(self, model: nn.Module, tokens: Tensor | None) -> Importance:
+    def ranking(self, model: nn.Module, tokens: Tensor, *, journal=None) -> list[dict[str, Any]]:
+        """How the shapes that the step has to choose from do, best first; `model` is not changed.
+
+        Args:
+            tokens: int64 (samples, length).
+            journal: as for `apply`.
+
+        Returns:
+            A row for each: `rank`, the sizes by the names of the config, `parameters`, `perplexity` as it is cut and
+            `perplexity_healed` after `search_steps` (`None` without).
+
+        Raises:
+            `ValueError`: no shape has so many parameters.
+        """
+        shapes = self.shapes(model)
+        return _table(self._ranked(model, tokens, shapes, self._scores(model, tokens, shapes), journal))
+
+    def _scores(self, model: nn.Module, tokens: Tensor | None, shapes: list[Shape]) -> Importance:
         if self.scores is None:
-            return importance(model, tokens, aggregate=self.aggregate, batch_size=self.batch_size)
+            scores = importance(model, tokens, aggregate=self.aggregate, batch_size=self.batch_size)
+        else:
+            scores = self._read_scores(model)
+        drops = {len(scores.layers) - shape.layers for shape in shapes} - {0}
+        return with_losses(scores, model, tokens, drops, self.layer_metric)
+
+    def _read_scores(self, model: nn.Module) -> Importance:
         scores, sizes, layers = Importance.load(self.scores), Sizes.of(model.config), len(decoder_layers(model)[1])
         of_experts = scores.neurons is not None and scores.neurons.dim() == 3
         wanted = {
@@ -238,6 +278,7 @@ class Minitron(Step):
             "heads": (layers, sizes.heads),
             "channels": (sizes.channels,),
             "layers": (layers,),
+            "loss_increase": (layers, layers),
         }
         for name, shape in wanted.items():
             found = getattr(scores, name)
@@ -258,7 +299,7 @@ class Minitron(Step):
         kept = kept_widths(old, shape.sizes, count, scores)
         if kept.keys() - {"channels"}:
             check_layout(model, find_axes(model), old, kept.keys())  # before anything changes
-        dropped = sorted(scores.layers.argsort(stable=True)[: count - shape.layers].tolist())
+        dropped = least_layers(scores, count - shape.layers, self.layer_metric)
         drop_layers(model, dropped)
         stay = [layer for layer in range(count) if layer not in dropped]
         kept |= {axis: [kept[axis][layer] for layer in stay] for axis in kept.keys() - {"channels"}}
@@ -274,19 +315,26 @@ class Minitron(Step):
             narrow(model, **kept, correction=energy if corrected else None)
         return dropped, energy
 
-    def _search(self, model: nn.Module, tokens: Tensor, shapes: list[Shape], scores: Importance) -> list[dict]:
-        """The perplexity of each shape on an eighth of the samples, on which none is trained."""
-        held = max(1, len(tokens) // 8)
-        rows = []
-        for shape in tqdm(shapes, desc="shapes", unit="shape", disable=None):
-            copied = shared_copy(model)
-            self._cut(copied, shape, scores)
-            if self.search_steps:
-                Heal(method="full", steps=self.search_steps).apply(copied, tokens[held:], teacher=model)
-            found = {name: getattr(shape.sizes, axis) for name, axis in FIELDS.items() if getattr(shape.sizes, axis)}
-            found |= {"num_hidden_layers": shape.layers, "parameters": shape.parameters}
-            rows.append(found | {"perplexity": perplexity(copied, tokens[:held].flatten(), tokens.shape[1])})
-        return rows
+    def _ranked(self, model, tokens, shapes: list[Shape], scores: Importance, journal) -> dict[Shape, dict[str, Any]]:
+        settings = self.to_dict()
+        if self.scores is not None:
+            settings["scores"] = digest((n, value) for n, value in vars(scores).items() if isinstance(value, Tensor))
+        cut, steps = partial(self._cut, scores=scores), self.search_steps
+        return rank_shapes(model, tokens, shapes, cut, steps=steps, journal=journal, settings=settings)
+
+
+def _table(ranked: dict[Shape, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows for the report, sizes by the names of the config."""
+    rows = []
+    for shape, figures in ranked.items():
+        sizes = {name: getattr(shape.sizes, axis) for name, axis in FIELDS.items() if getattr(shape.sizes, axis)}
+        rows.append({"rank": figures["rank"]} | sizes | {"num_hidden_layers": shape.layers} | figures)
+    return rows
+
+
+def _outcome(figures: dict[str, Any], steps: int) -> str:
+    healed = f", {figures['perplexity_healed']:.4g} after {steps} steps" if steps else ""
+    return f"perplexity {figures['perplexity']:.4g}{healed}"
 
 
 def number_of(value: int | float | str) -> int:

@@ -1,5 +1,6 @@
 """Minitron: what is least important goes, exactly where it is dead, and the result is an ordinary checkpoint."""
 
+import dataclasses
 import subprocess
 import sys
 
@@ -9,9 +10,11 @@ from helpers import tiny_llama, token_ids
 from test_width import SOME, tiny
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from optimum_slim import PT2LLM, Heal, Minitron, SlimConfig, slim
+from optimum_slim import PT2LLM, Heal, Minitron, SlimConfig, save, shape_search, slim
 from optimum_slim.axes import Sizes
+from optimum_slim.evaluate import perplexity
 from optimum_slim.importance import importance
+from optimum_slim.layer_loss import LAYER_METRICS, loss_increase
 from optimum_slim.methods.minitron import FIELDS, number_of
 from optimum_slim.ranking import kept_widths, merge_heads
 
@@ -153,13 +156,50 @@ def test_equal_heads_merge_into_themselves():
     torch.testing.assert_close(logits(plain), logits(merged))
 
 
-def test_the_layer_that_does_nothing_goes():
-    model = tiny_llama(num_hidden_layers=3)
-    model.model.layers[1].self_attn.o_proj.weight.data.zero_()
-    model.model.layers[1].mlp.down_proj.weight.data.zero_()
+@pytest.mark.parametrize("metric", LAYER_METRICS)
+def test_the_layers_that_do_nothing_go(metric):
+    model = tiny_llama(num_hidden_layers=5)
+    for layer in model.model.layers[2:4]:
+        layer.self_attn.o_proj.weight.data.zero_()
+        layer.mlp.down_proj.weight.data.zero_()
+    data = model.generate(TOKENS[:, :1], max_new_tokens=15, do_sample=False, pad_token_id=0)
     expected = logits(model)
-    report = slim(model, Minitron(num_hidden_layers=2), data=TOKENS)
-    assert torch.equal(logits(model), expected) and "dropped layers 1 " in " ".join(report.notes)
+    report = slim(model, Minitron(num_hidden_layers=3, layer_metric=metric), data=data)
+    assert torch.equal(logits(model), expected)
+    assert f"dropped layers 2, 3 of 5 by {LAYER_METRICS[metric]}" in report.notes
+    losses = [row.get("loss_increase") for row in report.steps[0].layers]
+    assert losses[2:4] == ([0, 0] if metric == "loss" else [None, None])
+    assert model.config.slim[0]["layer_metric"] == metric
+
+
+def test_a_block_goes_where_single_layers_would_be_others():
+    data, layers = token_ids(16, 32), 7
+    kept = {}
+    for metric in LAYER_METRICS:
+        model = tiny_llama(num_hidden_layers=layers, initializer_range=0.3)
+        whole = list(model.model.layers)
+        slim(model, Minitron(num_hidden_layers=4, layer_metric=metric), data=data)
+        kept[metric] = [whole.index(layer) for layer in model.model.layers]
+    dropped = [i for i in range(layers) if i not in kept["contiguous"]]
+    assert dropped == list(range(dropped[0], dropped[0] + 3)) and dropped[0] > 0 and dropped[-1] < layers - 1
+    assert len({tuple(layers) for layers in kept.values()}) > 1
+
+
+def test_saved_losses_take_the_place_of_measuring(tmp_path):
+    plain, path = tmp_path / "plain.safetensors", tmp_path / "losses.safetensors"
+    model = tiny_llama(num_hidden_layers=4)
+    scores = importance(model, TOKENS)
+    scores.save(plain)
+    dataclasses.replace(scores, loss_increase=loss_increase(model, TOKENS, [2])).save(path)
+    step = Minitron(num_hidden_layers=2, layer_metric="contiguous")
+    measured = tiny_llama(num_hidden_layers=4)
+    slim(measured, step, data=TOKENS)
+    expected = logits(model)
+    with pytest.raises(ValueError, match="no losses without blocks"):
+        slim(model, dataclasses.replace(step, scores=plain))
+    assert torch.equal(logits(model), expected)
+    slim(model, dataclasses.replace(step, scores=path))
+    assert torch.equal(logits(model), logits(measured))
 
 
 def test_multi_head_attention_takes_keys_and_values_along():
@@ -222,6 +262,7 @@ def test_the_sketch_of_a_model_without_weights_has_the_size_to_come():
         ({"hidden_size": 0}, "hidden_size"),
         ({"hidden_size": 48, "aggregate": ("max", "mean")}, "aggregate"),
         ({"hidden_size": 48, "batch_size": 0}, "batch_size"),
+        ({"hidden_size": 48, "layer_metric": "perplexity"}, "layer_metric must be one of block_influence, loss"),
     ],
     ids=str,
 )
@@ -255,21 +296,55 @@ def test_the_shape_of_least_perplexity_is_taken(field):
     whole = model.num_parameters()
     report = slim(model, Minitron(**field), data=TOKENS)
     table = report.steps[0].tables["shapes"]
-    best = min(table, key=lambda row: row["perplexity"])
-    assert len(table) > 1 and all(getattr(model.config, name) == best[name] for name in FIELDS if name in best)
+    best = table[0]
+    assert [row["rank"] for row in table] == list(range(1, len(table) + 1)) and len(table) > 1
+    assert [row["perplexity"] for row in table] == sorted(row["perplexity"] for row in table)
+    assert all(row["perplexity_healed"] is None for row in table)
+    assert all(getattr(model.config, name) == best[name] for name in FIELDS if name in best)
     assert model.num_parameters() == best["parameters"] < whole
     step = model.config.slim[0]
     assert step["params"] is None and step["hidden_size"] == best["hidden_size"]
 
 
+def test_the_saved_folder_shows_the_shapes(tmp_path):
+    pytest.importorskip("matplotlib")
+    model = tiny_llama()
+    slim(model, Minitron(ratio=0.7), data=TOKENS)
+    out = save(model, tmp_path / "cut")
+    assert (out / "shapes.png").read_bytes().startswith(b"\x89PNG")
+    assert "![shapes](shapes.png)" in (out / "README.md").read_text()
+
+
+def test_a_killed_search_goes_on_with_the_same_recipe(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPTIMUM_SLIM_CACHE", str(tmp_path))
+    whole, model, measured = tiny_llama(), tiny_llama(), []
+    step = Minitron(ratio=0.7)
+    expected = slim(whole, step, data=TOKENS).steps[0].tables["shapes"]
+    assert not list((tmp_path / "runs").iterdir())
+
+    def measure(*arguments):
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        measured.append(perplexity(*arguments))
+        return measured[-1]
+
+    monkeypatch.setattr(shape_search, "perplexity", measure)
+    with pytest.raises(KeyboardInterrupt):
+        slim(model, step, data=TOKENS)
+    monkeypatch.setattr(shape_search, "perplexity", lambda *arguments: measured.append(0) or perplexity(*arguments))
+    assert slim(model, step, data=TOKENS).steps[0].tables["shapes"] == expected
+    assert len(measured) == len(expected) > 4 and torch.equal(logits(model), logits(whole))
+
+
 @pytest.mark.slow
 def test_shapes_are_trained_before_they_are_compared_and_the_model_is_not():
-    tables = []
-    for steps in (0, 5):
-        model = tiny_llama()
-        report = slim(model, Minitron(ratio=0.8, search_steps=steps), data=TOKENS)
-        tables.append([row["perplexity"] for row in report.steps[0].tables["shapes"]])
-    assert tables[0] != tables[1]
+    model = tiny_llama()
+    report = slim(model, Minitron(ratio=0.8, search_steps=5), data=TOKENS)
+    table = report.steps[0].tables["shapes"]
+    healed = [row["perplexity_healed"] for row in table]
+    assert healed == sorted(healed) and healed != [row["perplexity"] for row in table]
+    assert f"{healed[0]:.4g} after 5 steps" in " ".join(report.notes)
+    assert all(parameter.requires_grad for parameter in model.parameters())
     untrained = tiny_llama()
     found = {name: getattr(model.config, name) for name in FIELDS if hasattr(model.config, name)}
     slim(untrained, Minitron(**found), data=TOKENS)
