@@ -9,6 +9,8 @@ averaged over texts. Boundary l is the input of layer l; boundary L is the outpu
 norm (`output_hidden_states` would give it after the norm). All pairs come from one pass over the texts.
 
 ShortGPT (arXiv 2403.03853) gives each layer one number, its block influence 1 - E[cos(x_l, x_{l+1})] over all tokens.
+
+Of several processes each looks at its share of the texts, and all get what was found in all of them.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .block import evaluating, input_hooks
+from .processes import from_all, share
 from .walk import decoder_layers
 
 
@@ -48,12 +51,14 @@ def last_token_states(
         raise ValueError("attention_mask hides every token of a text; leave such texts out")
     last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1)
     states = []
-    batches = zip(input_ids.split(batch_size), mask.split(batch_size), last.split(batch_size), strict=True)
+    batches = zip(*(share(x).split(batch_size) for x in (input_ids, mask, last)), strict=True)
     for ids, real, position in batches:
+        if not len(ids):
+            continue
         padded = None if attention_mask is None else real
         rows = torch.arange(len(ids))
         states.append(torch.stack([x[rows, position].float().cpu() for x in boundaries(model, ids, padded)], 1))
-    return torch.cat(states)
+    return torch.cat([x for part in from_all(states) for x in part])
 
 
 @torch.no_grad()
@@ -116,11 +121,11 @@ def distance_rows(
 
 def block_influence(model: nn.Module, input_ids: Tensor, *, batch_size: int = 8) -> Tensor:
     """1 - E[cos(x_l, x_{l+1})] of each layer over all tokens (ShortGPT, Eq. 1): fp32 (L,)."""
-    total, tokens = None, 0
-    for ids in tqdm(input_ids.split(batch_size), desc="block influence", unit="batch", disable=None):
-        total = cosine_sums(boundaries(model, ids)) + (0 if total is None else total)
-        tokens += ids.numel()
-    return 1 - total / tokens
+    total = torch.zeros(len(decoder_layers(model)[1]))
+    for ids in tqdm(share(input_ids).split(batch_size), desc="block influence", unit="batch", disable=None):
+        if len(ids):
+            total += cosine_sums(boundaries(model, ids))
+    return 1 - sum(from_all(total)) / input_ids.numel()
 
 
 def cosine_sums(states: Sequence[Tensor]) -> Tensor:

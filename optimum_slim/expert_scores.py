@@ -17,7 +17,7 @@ that Transformers sets on it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +74,18 @@ class ExpertScores:
             self.tokens[expert] += len(token)
         off = (total - output.flatten(0, -2).float()).norm()
         self.understood &= bool(off <= 0.05 * total.norm())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process needs, without the module."""
+        return vars(self) | {"module": None, "norms": self.norms.cpu(), "tokens": self.tokens.cpu()}
+
+    def __add__(self, other: ExpertScores) -> ExpertScores:
+        """What both have seen, on the CPU."""
+        neurons = [mine + theirs for mine, theirs in zip(self.neurons, other.neurons, strict=True)]
+        total = ExpertScores(self.module, neurons, self.length, self.width)
+        total.norms, total.tokens = self.norms.cpu() + other.norms.cpu(), self.tokens.cpu() + other.tokens.cpu()
+        total.understood = self.understood and other.understood
+        return total
 
     def scores(self) -> dict[str, Tensor]:
         """`"experts"`, (experts,), and the neurons', (experts, width); nothing if the module computes otherwise."""

@@ -10,8 +10,9 @@ What is looked at, for each unit:
 
 Activations are first aggregated over the tokens of a sample, then over the samples, each by the mean of magnitudes,
 the L2 norm or the variance. The paper finds L2 over samples of means over tokens best, the default, and its authors'
-code computes just that. Sums are kept in fp32 and add up over processes; neither the order of the samples nor how
-they are cut into batches changes a score beyond rounding.
+code computes just that. Sums are kept in fp32; neither the order of the samples nor how they are cut into batches
+changes a score beyond rounding. Of several processes each looks at its share of the samples, and all have the scores
+of all samples, the same to the bit.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ from .axes import Sizes, find_axes
 from .block import evaluating
 from .distance import boundaries, cosine_sums
 from .expert_scores import ExpertScores, has_known_parts
+from .processes import check_same, from_all, share
 from .walk import decoder_layers
 
 
@@ -103,7 +106,7 @@ class Aggregate:
             if name not in AGGREGATES:
                 raise ValueError(f"aggregate must be two of {', '.join(AGGREGATES)}, found {name!r}")
         self.samples, self.tokens = samples, tokens
-        self.count, self.sum, self.squares = 0, 0.0, 0.0
+        self.count, self.sum, self.squares = 0, torch.zeros(()), torch.zeros(())
 
     def add(self, x: Tensor) -> None:
         x = x.float()
@@ -112,8 +115,15 @@ class Aggregate:
         else:
             each = torch.linalg.vector_norm(x, dim=1) if self.tokens == "l2" else x.var(1, unbiased=False)
         self.count += len(each)
-        self.sum = self.sum + each.abs().sum(0)
-        self.squares = self.squares + each.square().sum(0)
+        self.sum = self.sum.to(x.device) + each.abs().sum(0)
+        self.squares = self.squares.to(x.device) + each.square().sum(0)
+
+    def __add__(self, other: Aggregate) -> Aggregate:
+        """What both have seen, on the CPU."""
+        total = Aggregate(self.samples, self.tokens)
+        total.count = self.count + other.count
+        total.sum, total.squares = self.sum.cpu() + other.sum.cpu(), self.squares.cpu() + other.squares.cpu()
+        return total
 
     def score(self) -> Tensor:
         """(units,)."""
@@ -127,19 +137,21 @@ class Aggregate:
 def importance(
     model: nn.Module, tokens: Tensor, *, aggregate: tuple[str, str] = ("l2", "mean"), batch_size: int = 8
 ) -> Importance:
-    """Score all widths and layers of `model` in one pass.
+    """Score all widths and layers of `model` in one pass; of several processes all must call it.
 
     Args:
         model: A Transformers decoder model, dense; it is not changed.
-        tokens: int64 (samples, length).
+        tokens: int64 (samples, length), the same in all processes.
         aggregate: over samples and over tokens: `"mean"`, `"l2"` or `"variance"` each.
         batch_size: samples per forward pass.
 
     Raises:
-        ValueError: an unknown aggregate, no tokens, or a config that cannot express a width (see `find_axes`).
+        ValueError: an unknown aggregate, no tokens, a config that cannot express a width (see `find_axes`), or other
+            weights in another process.
     """
     if tokens.dim() != 2 or not tokens.numel():
         raise ValueError(f"tokens must be a non-empty matrix (samples, length), found shape {tuple(tokens.shape)}")
+    check_same(model)
     watched = watch_points(model)
     sizes, (prefix, stack) = Sizes.of(model.config), decoder_layers(model)
     inside, length = "expert_neurons" if sizes.expert_neurons else "neurons", tokens.shape[1]
@@ -147,11 +159,12 @@ def importance(
     for name in (name for name, axis in watched.items() if axis == "experts"):
         neurons = [Aggregate(*aggregate) for _ in range(sizes.experts)]
         seen[name] = ExpertScores(model.get_submodule(name), neurons, length, inside)
-    energy, cosines = [], torch.zeros(len(stack), dtype=torch.float64)
+    energy, cosines = torch.zeros(()), torch.zeros(len(stack), dtype=torch.float64)
 
     def look(name: str, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+        nonlocal energy
         if watched[name] == "channels":
-            energy.append(args[0].float().square().flatten(0, -2).sum(0).cpu())
+            energy = energy + args[0].float().square().flatten(0, -2).sum(0).cpu()
         if watched[name] == "experts":
             seen[name].add(*args, *kwargs.values(), output)
         else:
@@ -162,16 +175,18 @@ def importance(
     hooks = [m.register_forward_hook(partial(look, name), with_kwargs=True) for name, m in modules.items()]
     try:
         with evaluating(model):
-            for batch in tqdm(tokens.split(batch_size), desc="importance", unit="batch", disable=None):
+            batches = [batch for batch in share(tokens).split(batch_size) if len(batch)]
+            for batch in tqdm(batches, desc="importance", unit="batch", disable=None):
                 cosines += cosine_sums(boundaries(model, batch))
-                energy[:] = [torch.stack(energy).sum(0)] if energy else []
     finally:
         for hook in hooks:
             hook.remove()
+    parts, energies, all_cosines = zip(*from_all((seen, energy, cosines)), strict=True)
     rows: dict[str, list[tuple[int, Tensor]]] = {}
     for name, axis in watched.items():
         layer = int(name.removeprefix(f"{prefix}.").partition(".")[0])
-        found = seen[name].scores() if axis == "experts" else {axis: seen[name].score()}
+        total = reduce(add, [part[name] for part in parts])
+        found = total.scores() if axis == "experts" else {axis: total.score()}
         for key, score in found.items():
             score = score.view(sizes.heads, -1).norm(dim=1) if key == "heads" else score
             rows.setdefault(key, []).append((layer, score.cpu()))
@@ -179,8 +194,8 @@ def importance(
     return Importance(
         **{axis: by_layer(rows.get(axis, ()), len(stack)) for axis in BY_LAYER},
         channels=torch.stack(channels).sum(0) if channels else None,
-        layers=(1 - cosines / tokens.numel()).float(),
-        energy=energy[0] / tokens.numel() if energy else None,
+        layers=(1 - sum(all_cosines) / tokens.numel()).float(),
+        energy=sum(energies) / tokens.numel() if channels else None,
         aggregate=tuple(aggregate),
         tokens=tokens.numel(),
     )

@@ -37,9 +37,12 @@ INSIDE = 0.25  # of a step of the grid: how far from the border between two code
 
 @dataclass
 class Share:
-    """Lambda, one for all layers of a model in training."""
+    """Lambda, one for all layers of a model in training and of its copies (`fit` trains one under FSDP2)."""
 
     value: float = 1.0
+
+    def __deepcopy__(self, memo: dict) -> "Share":
+        return self
 
 
 class LatentLinear(nn.Linear, ABC):

@@ -10,7 +10,6 @@ import math
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -23,47 +22,15 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 
 from .batches import draw
+from .fit_report import FitReport
 from .journal import Journal
 from .schedules import SCHEDULES
+from .sharding import Shard, put, whole
 from .undisturbed import get_random_states, set_random_states
 
 
 Loss = Callable[[nn.Module, Tensor], Tensor]
 PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass
-class FitReport:
-    """What a training run did.
-
-    Args:
-        steps: optimizer steps run, fewer than asked for if patience ended.
-        best_step: the step whose parameters the model ended with; 0 stands for those it came with.
-        tokens: tokens trained on, repeats counted.
-        seconds: wall-clock time, that of earlier, killed runs up to their last journal entry included.
-        resumed_from: the step at which the journal was taken up, or `None`.
-        held_out_before, held_out_after: loss on the held-out samples before training and of the parameters the model
-            ended with; `None` without held-out samples.
-        history: one row per evaluation: `step`, `loss` (mean training loss since the row before), `held_out`,
-            `learning_rate` (of the last step).
-    """
-
-    steps: int = 0
-    best_step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    resumed_from: int | None = None
-    held_out_before: float | None = None
-    held_out_after: float | None = None
-    history: list[dict[str, Any]] = field(default_factory=list)
-
-    def outcome(self) -> str:
-        """How it went, in a line for a report."""
-        held = ""
-        if self.held_out_before is not None:
-            held = f", held-out loss {self.held_out_before:.4g} -> {self.held_out_after:.4g}"
-        resumed = f", resumed from step {self.resumed_from}" if self.resumed_from else ""
-        return f"{self.steps} steps, {self.tokens:,} tokens{held} (best at step {self.best_step}){resumed}"
 
 
 class Loop:
@@ -75,6 +42,7 @@ class Loop:
         tokens: int64 (samples, length), on the CPU.
         loss: as for `fit`.
         settings: the keyword arguments of `fit`, with `micro_batch_size` a number.
+        shard: makes the sharded copy of the model to train in its place; `None` trains `model` itself.
     """
 
     def __init__(
@@ -87,9 +55,11 @@ class Loop:
         accelerator: Accelerator,
         device: torch.device,
         journal: Journal | None,
+        shard: Shard | None,
     ):
         self.bare, self.parameters, self.tokens, self.loss = model, parameters, tokens, loss
         self.settings, self.accelerator, self.device, self.journal = settings, accelerator, device, journal
+        self.results, self.shard = parameters, shard  # what the caller has in the end, other tensors if sharded
         self.dtype = PRECISIONS[accelerator.mixed_precision]
         self.rank, self.processes = accelerator.process_index, accelerator.num_processes
         steps, batch_size, micro = settings["steps"], settings["batch_size"], settings["micro_batch_size"]
@@ -111,19 +81,22 @@ class Loop:
             if not self.finished:
                 self._train()
         except FloatingPointError:
-            self._restore(self.best)
+            self._end_with_best()
             if self.journal is not None and self.accelerator.is_main_process:
                 self.journal.remove()
             raise
         return self.report
 
     def _prepare(self) -> None:
-        """Seeds, the model wrapped for data parallelism, the optimizer and its schedule."""
+        """Seeds, the model sharded or wrapped for data parallelism, the optimizer and its schedule."""
         s = self.settings
         random.seed(s["seed"] + self.rank)
         torch.manual_seed(s["seed"] + self.rank)
         self.model = self.bare
-        if self.processes > 1:
+        if self.shard is not None:
+            self.model = self.bare = self.shard(self.bare)
+            self.parameters = {name: p for name, p in self.bare.named_parameters() if name in self.results}
+        elif self.processes > 1:
             index = None if self.device.type == "cpu" else [self.device.index]
             self.model = DistributedDataParallel(self.bare, device_ids=index)
         decayed = [p for p in self.parameters.values() if p.dim() > 1]
@@ -151,7 +124,7 @@ class Loop:
                 progress.update()
                 if self.step % s["journal_every"] == 0 and self.step < s["steps"]:
                     self._write()
-        self._restore(self.best)
+        self._end_with_best()
         if self.best is None:
             self.report.best_step = self.step
         self.finished = True
@@ -179,7 +152,7 @@ class Loop:
         limit = self.settings["max_grad_norm"]
         norm = accelerator.clip_grad_norm_(self.parameters.values(), math.inf if limit is None else limit)
         if accelerator.scaler is None:  # a gradient scaler skips such steps on its own
-            self._check_finite(float(norm), "norm of the gradient", self.step + 1)
+            self._check_finite(float(whole(norm)), "norm of the gradient", self.step + 1)
         self.optimizer.step()
         if not self.optimizer.step_was_skipped:
             self.schedule.step()
@@ -208,8 +181,7 @@ class Loop:
         report, held_out = self.report, None
         if len(self.held):
             self.bare.eval()
-            mine = self.held[self.rank :: self.processes].split(self.settings["micro_batch_size"])
-            total = sum(float(self._loss(self.bare, rows)) * len(rows) for rows in mine)
+            total = sum(float(self._loss(self.bare, rows)) * weight for rows, weight in self._held_out())
             held_out = self._sum(total) / len(self.held)
             self.bare.train()
             self._check_finite(held_out, "held-out loss", self.step)
@@ -218,10 +190,20 @@ class Loop:
             self.stale += 1
             if report.held_out_after is None or held_out < report.held_out_after:
                 report.held_out_after, report.best_step, self.stale = held_out, self.step, 0
-                self.best = self._copy()
+                self.best = self._keep()
         mean = sum(self.losses) / len(self.losses) if self.losses else None
         report.history.append({"step": self.step, "loss": mean, "held_out": held_out, "learning_rate": rate})
         self.losses = []
+
+    def _held_out(self) -> list[tuple[Tensor, int]]:
+        """The held-out samples of this process in micro-batches, with their weights.
+
+        There are as many in every process, because a sharded model is gathered by all of them at once.
+        """
+        micro = self.settings["micro_batch_size"]
+        batches = [(rows, len(rows)) for rows in self.held[self.rank :: self.processes].split(micro) if len(rows)]
+        most = math.ceil(math.ceil(len(self.held) / self.processes) / micro)
+        return batches + [(self.held[:1], 0)] * (most - len(batches))
 
     def _out_of_patience(self) -> bool:
         patience = self.settings["patience"]
@@ -233,13 +215,24 @@ class Loop:
             return value
         return float(self.accelerator.reduce(torch.tensor(value, device=self.device, dtype=torch.float64)))
 
-    def _copy(self) -> dict[str, Tensor]:
-        return {name: p.detach().to("cpu", copy=True) for name, p in self.parameters.items()}
+    def _keep(self) -> dict[str, Tensor]:
+        """The values of the parameters, by name: copies, or of a sharded model those of the caller's, set to them."""
+        if self.shard is None:
+            return {name: whole(p) for name, p in self.parameters.items()}
+        for name, parameter in self.parameters.items():
+            put(whole(parameter), self.results[name])
+        return {name: p.detach() for name, p in self.results.items()}
 
-    @torch.no_grad()
-    def _restore(self, values: dict[str, Tensor] | None) -> None:
+    def _end_with_best(self) -> None:
+        """Leave the best parameters in the caller's model, or without held-out samples the last ones."""
+        if self.shard is None:
+            self._restore(self.parameters, self.best)
+        elif self.best is None:
+            self._keep()
+
+    def _restore(self, parameters: dict[str, nn.Parameter], values: dict[str, Tensor] | None) -> None:
         for name, value in (values or {}).items():
-            self.parameters[name].copy_(value)
+            put(value, parameters[name])
 
     def _write(self) -> None:
         """Bring the report up to date, and put everything needed to go on into the journal."""
@@ -249,8 +242,11 @@ class Loop:
         self.report.tokens = self.step * self.settings["batch_size"] * self.tokens.shape[1]
         if self.journal is None:
             return
-        states = gather_object([get_random_states(self.device)])
-        if self.accelerator.is_main_process:
+        states, main = gather_object([get_random_states(self.device)]), self.accelerator.is_main_process
+        current = self.results if self.finished else self.parameters
+        values = {name: whole(p, keep=main) for name, p in current.items()}
+        optimizer = None if self.finished else self._optimizer_state(keep=main)
+        if main:
             scaler = self.accelerator.scaler
             entry = {
                 "finished": self.finished,
@@ -258,11 +254,11 @@ class Loop:
                 "stale": self.stale,
                 "losses": self.losses,
                 "report": dataclasses.asdict(self.report),
-                "parameters": self._copy(),
+                "parameters": values,
             }
             state = {
                 "best": self.best,
-                "optimizer": self.adamw.state_dict(),
+                "optimizer": optimizer,
                 "schedule": self.schedule.state_dict(),
                 "scaler": None if scaler is None else scaler.state_dict(),
                 "random": states,
@@ -270,23 +266,45 @@ class Loop:
             self.journal.write(entry if self.finished else entry | state)
         self.accelerator.wait_for_everyone()
 
+    def _optimizer_state(self, keep: bool) -> dict[str, Any]:
+        """AdamW's state with whole tensors, where they are to be kept."""
+        found = self.adamw.state_dict()
+        if self.shard is None:
+            return found
+        moments = {i: {key: whole(t, keep) for key, t in state.items()} for i, state in found["state"].items()}
+        return found | {"state": moments}
+
     def _resume(self) -> bool:
-        """Take up the journal's entry, if there is one."""
+        """Take up the journal's entry, if there is one; one process after the other, since each holds all of it."""
         if self.journal is None:
             return False
-        with self.accelerator.main_process_first():
-            entry = self.journal.read()
-        if entry is None:
-            return False
+        found = False
+        for turn in range(self.processes):
+            if turn == self.rank and (entry := self.journal.read()) is not None:
+                self._take_up(entry)
+                found = True
+            self.accelerator.wait_for_everyone()
+        return found
+
+    def _take_up(self, entry: dict[str, Any]) -> None:
         for name in ("finished", "step", "stale", "losses"):
             setattr(self, name, entry[name])
         self.report = FitReport(**entry["report"] | {"resumed_from": self.step})
-        self._restore(entry["parameters"])
-        if not self.finished:
-            self.best = entry["best"]
-            self.adamw.load_state_dict(entry["optimizer"])
-            self.schedule.load_state_dict(entry["schedule"])
-            if self.accelerator.scaler is not None:
-                self.accelerator.scaler.load_state_dict(entry["scaler"])
-            set_random_states(entry["random"][self.rank], self.device)
-        return True
+        self._restore(self.results if self.finished else self.parameters, entry["parameters"])
+        if self.finished:
+            return
+        self.best = entry["best"]
+        if self.shard is not None and self.best is not None:
+            self._restore(self.results, self.best)
+            self.best = {name: p.detach() for name, p in self.results.items()}
+        trained = [p for group in self.adamw.param_groups for p in group["params"]]
+        for i, state in entry["optimizer"]["state"].items():
+            for key in ("exp_avg", "exp_avg_sq"):
+                moment = torch.empty_like(trained[i].detach())
+                put(state[key], moment)
+                state[key] = moment
+        self.adamw.load_state_dict(entry["optimizer"])
+        self.schedule.load_state_dict(entry["schedule"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(entry["scaler"])
+        set_random_states(entry["random"][self.rank], self.device)

@@ -16,6 +16,7 @@ from .fourbit import finish
 from .loading import load_tokenizer
 from .memory import shared_copy
 from .packed import PackedLinear, model_bytes
+from .processes import check_same, from_main, place
 from .report import Report
 from .sampling import cache_dir, fingerprint
 from .step import Step, StepReport, step_from_dict
@@ -32,6 +33,10 @@ def slim(model, steps, data=None, tokenizer=None, then=None, *, out=None, **file
 
     Calibration samples drawn from the model itself need the whole model for a while; its weights stay mapped files
     then, whose pages make room when memory is short. Samples are kept, and drawn once.
+
+    In several processes (`accelerate launch`, torchrun) each calls it with the same model in memory and ends with the
+    same result: training is data-parallel or sharded as for `fit`, importance and distances are measured on a share
+    of the samples in each, and all other steps do the same work everywhere.
 
     Args:
         model (`PreTrainedModel`, `str` or `Path`): a dense model, on any device, or the local folder or Hub id of one.
@@ -51,7 +56,8 @@ def slim(model, steps, data=None, tokenizer=None, then=None, *, out=None, **file
 
     Raises:
         `ValueError`, `TypeError`: a recipe, model or calibration source that cannot work, said before anything is
-            changed where it can be known before; an unfinished run for `out` that is another one.
+            changed where it can be known before; an unfinished run for `out` that is another one; several processes
+            with different weights, or with a model given by its folder or id.
         `FileExistsError`: `out` exists and is not empty.
         `OSError`: the disk is full (what was finished is kept), or another process is at work on `out`.
 
@@ -66,6 +72,11 @@ def slim(model, steps, data=None, tokenizer=None, then=None, *, out=None, **file
     if isinstance(model, (str, Path)):
         if out is None:
             raise ValueError(f"slimming the files of {str(model)!r} needs the folder to write to: pass out=...")
+        if (count := place()[1]) > 1:
+            raise ValueError(
+                f"files are slimmed by one process, and this is one of {count}; load the model in each and pass it, "
+                "then save(model, ...)"
+            )
         from .stream import slim_files  # it runs recipes with this module
 
         trust = files.get("trust_remote_code", False)
@@ -93,6 +104,7 @@ def run_steps(model, steps, config: SlimConfig) -> tuple[list[Step], list[StepRe
     to train on. Returns the steps with every choice written out, and their reports.
     """
     training, reports = model.training, []
+    check_same(model)
     model.eval()
     try:
         with torch.no_grad():
@@ -105,7 +117,7 @@ def run_steps(model, steps, config: SlimConfig) -> tuple[list[Step], list[StepRe
             for number, step in enumerate(steps):
                 folder = journal / f"{number}-{step.name}" if step.keeps_journal else None
                 reports.append(step.resolve(model).apply(model, tokens[number], teacher=teacher, journal=folder))
-            if journal is not None:
+            if journal is not None and place()[0] == 0:
                 shutil.rmtree(journal, ignore_errors=True)
     finally:
         model.train(training)
@@ -122,7 +134,7 @@ def _tokens(model, steps, config: SlimConfig) -> list[Tensor | None]:
             asked = step.calibration(config.calibration)
             found = next((ids for calibration, ids in made if calibration == asked), None)
             if found is None:
-                found = asked.tokens(model, config.tokenizer)
+                found = from_main(asked.tokens(model, config.tokenizer))
                 made.append((asked, found))
         tokens.append(found)
     return tokens

@@ -12,7 +12,7 @@ logits, and found several layers to be worse than one.
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -48,15 +48,17 @@ class RelationDistillation:
     relation_weight: float = 1.0
     layer: int = 0
     heads: int = 1
-    logits: Distillation = field(init=False, repr=False)
 
     def __post_init__(self):
-        object.__setattr__(self, "logits", Distillation(self.teacher, self.temperature, self.kl_weight))
+        self._logits()
+
+    def _logits(self) -> Distillation:
+        return Distillation(self.teacher, self.temperature, self.kl_weight)
 
     def __call__(self, model: nn.Module, input_ids: Tensor) -> Tensor:
         """The loss on `input_ids`, int64 (batch, length) on the student's device, as an fp32 scalar."""
         with projections(self.teacher, self.layer) as taught, projections(model, self.layer) as learned:
-            loss = self.logits(model, input_ids)
+            loss = self._logits()(model, input_ids)
         losses = [relation_loss(learned[name], taught[name], self.heads).to(loss.device) for name in PROJECTIONS]
         return loss + self.relation_weight * torch.stack(losses).sum()
 

@@ -19,6 +19,7 @@ from torch import nn
 from .card import model_card
 from .distance import distance_rows
 from .figures import draw_distances, draw_shapes
+from .processes import in_main
 from .report import Report, as_dict, megabytes
 from .stored import stored_bits
 
@@ -42,7 +43,8 @@ def save(
     """Write model, generation config, tokenizer, model card and report to `out_dir`, all or nothing.
 
     A model with a PEFT adapter is saved as both: the base in `out_dir`, the adapter in `out_dir/adapter`. A model
-    without a name (it lost layers in memory) is called after the folder, or `repo_id`, from then on.
+    without a name (it lost layers in memory) is called after the folder, or `repo_id`, from then on. Of several
+    processes the main one writes, and the others that call this wait for it.
 
     Args:
         model: a model of Transformers, slimmed or not.
@@ -64,6 +66,15 @@ def save(
         FileExistsError: `out_dir` is a file, or a folder with something in it and `overwrite` is not set.
         OSError: the disk is full (before or while writing); says how many bytes are needed and free.
     """
+    given = (model, out_dir, tokenizer, report, max_shard_size, overwrite, repo_id, save_format, file_type)
+    out = Path(in_main(f"saving to {Path(out_dir).expanduser().resolve()}", lambda: str(_save(*given))))
+    if save_format != "gguf":
+        model.name_or_path = model.name_or_path or str(repo_id or out)
+        model.config._name_or_path = model.name_or_path
+    return out
+
+
+def _save(model, out_dir, tokenizer, report, max_shard_size, overwrite: bool, repo_id, save_format, file_type) -> Path:
     out = check_target(out_dir, overwrite=overwrite)
     if save_format not in (None, "slim", "bitnet", "gguf"):
         raise ValueError(f"save_format must be 'slim', 'bitnet' or 'gguf', found {save_format!r}")
@@ -83,9 +94,6 @@ def save(
             written = _in_format(model, save_format)
             _write(written, partial, tokenizer, report, max_shard_size, repo_id, name)
         take_place(partial, out)
-        if save_format != "gguf":
-            model.name_or_path = model.name_or_path or name
-            model.config._name_or_path = model.name_or_path
     except (OSError, SafetensorError) as error:
         if not is_disk_full(error):
             raise
@@ -124,20 +132,18 @@ def push_to_hub(
     Unlike `model.push_to_hub`, this keeps our model card, which tells users to `import optimum_slim`.
 
     Returns:
-        The URL of the commit.
+        The URL of the commit, in several processes that of the main one.
     """
-    api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    with tempfile.TemporaryDirectory() as folder:
-        out = save(
-            model,
-            Path(folder) / "model",
-            tokenizer=tokenizer,
-            report=report,
-            max_shard_size=max_shard_size,
-            repo_id=repo_id,
-        )
-        return api.upload_folder(repo_id=repo_id, folder_path=out, commit_message=commit_message).commit_url
+
+    def push() -> str:
+        api = HfApi(token=token)
+        name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            words = {"tokenizer": tokenizer, "report": report, "max_shard_size": max_shard_size, "repo_id": name}
+            out = save(model, Path(folder) / "model", **words)
+            return api.upload_folder(repo_id=name, folder_path=out, commit_message=commit_message).commit_url
+
+    return in_main(f"pushing to {repo_id}", push)
 
 
 def stored_bytes(model: nn.Module) -> int:

@@ -14,14 +14,16 @@ cosine to zero. What sets it apart from a bare loop:
 - The model comes back as it went in, apart from the values trained: modes, flags, activation checkpointing, and the
   random states of Python and PyTorch.
 
-It runs on accelerate, in one process where the model is, or under `accelerate launch` (or torchrun)
-with one process per device.
+It runs on accelerate, in one process where the model is, or under `accelerate launch` (or torchrun) with one process
+per device: data-parallel, with a model in each, or sharded by FSDP2 if the launcher asks for it (`sharding.py`).
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +32,12 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from .batches import cut_batch
+from .fit_report import FitReport
 from .journal import Journal, digest
-from .loop import PRECISIONS, FitReport, Loop, Loss
+from .loop import PRECISIONS, Loop, Loss
 from .losses import Distillation, next_token_loss
 from .schedules import SCHEDULES
+from .sharding import fsdp_settings, sharded, sharded_teacher
 from .undisturbed import as_it_was, own_accelerator, own_random_states
 
 
@@ -88,7 +92,7 @@ def fit(
         schedule: `"cosine"`, or `"two_stage"` as BitNet b1.58 was trained: a straight line, in the second half two
             thirds of it, and no weight decay there.
         before_step: called with the number of each optimizer step, from 0, before it. It is not recorded in a journal,
-            so what it does should depend on that number alone.
+            so what it does should depend on that number alone. Under FSDP2 a copy of the modules is trained.
         held_out: share of the samples (rounded, at least one) never trained on; 0 keeps none, and the model ends with
             the last parameters.
         evaluate_every: optimizer steps between two evaluations; the first comes before training, the last after it.
@@ -106,34 +110,46 @@ def fit(
         A `FitReport`. In every process the model holds the same parameters.
 
     Raises:
-        ValueError: settings that cannot work, no trainable parameter, a teacher that would be trained along, or the
-            journal of another run, all before anything is changed.
+        ValueError: settings that cannot work, no trainable parameter, a teacher that would be trained along, the
+            journal of another run, or FSDP1, all before anything is changed.
         FloatingPointError: a loss or gradient is NaN or infinite. The model gets back the best parameters (without
             held-out samples, those before the failing step), and the journal is removed.
     """
     settings = {name: value for name, value in locals().items() if name not in ("model", "tokens", "loss")}
     _check_settings(**settings)
     _check_tokens(tokens)
+    fsdp = fsdp_settings()
     parameters = _trained_parameters(model, loss, mixed_precision)
     with own_accelerator(mixed_precision) as accelerator, torch.enable_grad():
         micro, accumulation = cut_batch(batch_size, micro_batch_size, accelerator.num_processes)
         accelerator.gradient_accumulation_steps = accumulation
         settings |= {"micro_batch_size": micro, "mixed_precision": accelerator.mixed_precision}
-        device = _place(model, loss, accelerator)
+        fsdp = fsdp if accelerator.num_processes > 1 else None
+        device = _place(model, loss, accelerator, keep=fsdp is not None)
         _check_precision(accelerator.mixed_precision, device)
         kept = None
         if journal is not None:
             where = {"processes": accelerator.num_processes, "device": device.type}
+            where |= {"sharded": True} if fsdp is not None else {}
             kept = Journal(journal, _fingerprint(model, parameters, tokens, loss, settings | where))
-        loop = Loop(model, parameters, tokens, loss, settings, accelerator, device, kept)
-        with own_random_states(device), as_it_was(model, parameters.values(), activation_checkpointing):
-            return loop.run()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(own_random_states(device))
+            checkpointing = activation_checkpointing or (fsdp is not None and fsdp.activation_checkpointing)
+            stack.enter_context(as_it_was(model, parameters.values(), checkpointing))
+            shard = None
+            if fsdp is not None:
+                dtype = PRECISIONS[accelerator.mixed_precision]
+                shard = partial(sharded, device=device, dtype=dtype, reshard=fsdp.reshard_after_forward)
+                stack.enter_context(sharded_teacher(loss, shard))
+            return Loop(model, parameters, tokens, loss, settings, accelerator, device, kept, shard).run()
 
 
-def _place(model: nn.Module, loss: Loss, accelerator: Accelerator) -> torch.device:
-    """The device to train on; in several processes, model and teacher are moved there."""
+def _place(model: nn.Module, loss: Loss, accelerator: Accelerator, keep: bool) -> torch.device:
+    """The device to train on; in several processes, model and teacher are moved there, unless they are to stay."""
     if accelerator.num_processes == 1:
         return next(model.parameters()).device
+    if keep:
+        return accelerator.device
     for module in (model, getattr(loss, "teacher", None)):
         if module is not None:
             module.to(accelerator.device)

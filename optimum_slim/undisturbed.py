@@ -1,39 +1,65 @@
 """What a training run borrows from the model and the process, and gives back as it was."""
 
 import contextlib
+import os
 import random
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
+from accelerate import Accelerator, DistributedType
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import nn
 
 from .losses import unwrapped
+from .processes import join, place
 
 
 @contextlib.contextmanager
 def own_accelerator(mixed_precision: str | None) -> Iterator[Accelerator]:
     """An `Accelerator` with settings of its own; those of the process, which accelerate shares, are back afterwards.
 
+    It knows nothing of FSDP, which accelerate has on GPUs only: `fit` shards by itself (`sharding.py`).
+
     Raises:
-        ValueError: another kind of parallelism than data parallelism, or a precision that the device lacks.
+        ValueError: another kind of parallelism than data parallelism and FSDP, a precision that the device lacks, or
+            processes that accelerate does not know of.
     """
-    states = (AcceleratorState, GradientState)
+    join()
+    states = (PartialState, AcceleratorState, GradientState)
     former = [dict(state._shared_state) for state in states]
-    for state in states:
+    for state in states[1:]:
         state._reset_state()
+    if former[0].get("distributed_type") is DistributedType.FSDP:  # what it was before it was called so
+        kind = "GPU" if PartialState().device.type == "cuda" else PartialState().device.type.upper()
+        PartialState._shared_state["distributed_type"] = DistributedType(f"MULTI_{kind}")
     try:
-        accelerator = Accelerator(mixed_precision=mixed_precision)
+        with _without_environment("ACCELERATE_USE_FSDP"):
+            accelerator = Accelerator(mixed_precision=mixed_precision)
         kind = str(accelerator.distributed_type.value)
         if kind != "NO" and not kind.startswith("MULTI_"):
-            raise ValueError(f"fit trains in one process or with data parallelism, found {kind}; launch without it")
+            raise ValueError(f"fit trains with data parallelism, sharded by FSDP2 or not, found {kind}")
+        if accelerator.num_processes != (count := place()[1]):
+            raise ValueError(
+                f"torch.distributed has {count} processes and accelerate knows of {accelerator.num_processes}; start "
+                "them with accelerate launch or torchrun, or set RANK, LOCAL_RANK and WORLD_SIZE as those do"
+            )
         yield accelerator
     finally:
         for state, values in zip(states, former, strict=True):
-            state._reset_state()
-            state._shared_state.update(values)
+            if values or state is not PartialState:
+                state._shared_state.clear()
+                state._shared_state.update(values)
+
+
+@contextlib.contextmanager
+def _without_environment(name: str) -> Iterator[None]:
+    value = os.environ.pop(name, None)
+    try:
+        yield
+    finally:
+        if value is not None:
+            os.environ[name] = value
 
 
 @contextlib.contextmanager

@@ -1,12 +1,6 @@
 import copy
 import logging
-import os
 import random
-import signal
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -455,86 +449,3 @@ def test_a_model_with_nothing_to_train_is_refused():
     model.requires_grad_(False)
     with pytest.raises(ValueError, match="no parameter that requires gradients"):
         trained(model)
-
-
-# --- other processes
-
-SCRIPT = """
-import os, signal, sys
-import torch
-torch.set_num_threads(1)
-sys.path.insert(0, {tests!r})
-from helpers import tiny_llama
-from optimum_slim.train import fit, next_token_loss
-
-out, kill_at = sys.argv[1], int(sys.argv[2])
-calls = 0
-
-def loss(model, ids):
-    global calls
-    calls += torch.is_grad_enabled()
-    if calls == kill_at:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return next_token_loss(model, ids)
-
-model = tiny_llama(**{model!r})
-tokens = torch.load({tokens!r})
-report = fit(model, tokens, loss, **{settings!r})
-if os.environ.get("RANK", "0") == "0":
-    torch.save((model.state_dict(), report.history, report.resumed_from), out)
-"""
-
-
-def script(tmp_path, model, **settings):
-    torch.save(TOKENS, tmp_path / "tokens.pt")
-    path = tmp_path / "script.py"
-    words = {"tests": str(Path(__file__).parent), "tokens": str(tmp_path / "tokens.pt")}
-    path.write_text(SCRIPT.format(model=model, settings=SETTINGS | settings, **words))
-    return path
-
-
-def start(path, out, kill_at=-1, **environment):
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)} | environment
-    words = [sys.executable, str(path), str(out), str(kill_at)]
-    return subprocess.Popen(words, env=os.environ | environment, stderr=subprocess.PIPE, text=True)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
-def test_a_killed_process_started_again_ends_with_the_same_bits(tmp_path):
-    settings = {"journal": str(tmp_path / "journal"), "journal_every": 2, "micro_batch_size": 2}
-    path = script(tmp_path, {"attention_dropout": 0.3}, **settings)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        model, whole = trained(tiny_llama(attention_dropout=0.3), micro_batch_size=2)
-    finally:
-        torch.set_num_threads(threads)
-    process = start(path, tmp_path / "out.pt", kill_at=10)  # step 5, after the second entry
-    assert process.wait(60) == -signal.SIGKILL, process.stderr.read()
-    assert (tmp_path / "journal" / "fit.pt").exists() and not (tmp_path / "out.pt").exists()
-    process = start(path, tmp_path / "out.pt")
-    assert process.wait(60) == 0, process.stderr.read()
-    weights, history, resumed_from = torch.load(tmp_path / "out.pt")
-    assert resumed_from == 4 and history == whole.history
-    assert same(weights, values(model))
-
-
-@pytest.mark.slow
-def test_two_processes_train_the_same_model_as_one(tmp_path):
-    """With the variables that `accelerate launch` and torchrun set; on a CPU only torchrun starts several."""
-    path = script(tmp_path, {}, micro_batch_size=1, journal=str(tmp_path / "journal"), journal_every=2)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
-    common |= {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1", "LOCAL_WORLD_SIZE": "2"}
-    processes = [start(path, tmp_path / "out.pt", **common, RANK=rank, LOCAL_RANK=rank) for rank in ("0", "1")]
-    assert [process.wait(120) for process in processes] == [0, 0], [p.stderr.read() for p in processes]
-    weights, history, _ = torch.load(tmp_path / "out.pt")
-    model, whole = trained()
-    for name, value in values(model).items():
-        torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-5)
-    for key in ("step", "loss", "held_out", "learning_rate"):
-        ours, theirs = ([row[key] for row in rows if row[key] is not None] for rows in (history, whole.history))
-        assert ours == pytest.approx(theirs, rel=1e-4)

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from ..distance import angular_distances, block_influence, last_token_states
 from ..layer_loss import losses_without
 from ..patch import fit_patches, merge_patch
+from ..processes import from_main
 from ..step import Step, StepReport, register
 from ..surgery import drop_layers
 from ..walk import decoder_layers, skipping
@@ -115,7 +116,7 @@ class Depth(Step):
         total, step = len(stack), self.resolve(model)
         values, tables, why = {}, {}, "as given" if self.metric != "deepest" else "the deepest but the last"
         if step.layers is None:
-            layers, values, tables, why = step._choose(model, tokens)
+            layers, values, tables, why = from_main(step._choose(model, tokens))
             step = dataclasses.replace(step, layers=layers)
         gaps = runs(step.layers)
         patches = fit_patches(model, tokens, gaps, ridge=self.patch_ridge) if self.linear_patch else []

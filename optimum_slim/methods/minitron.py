@@ -38,6 +38,7 @@ from ..importance import AGGREGATES, Importance, importance
 from ..journal import digest
 from ..layer_loss import LAYER_METRICS, least_layers, with_losses
 from ..layout import check_layout
+from ..processes import from_main
 from ..ranking import heads_together, kept_widths, merge_heads
 from ..shape_search import rank_shapes
 from ..shapes import Counter, Shape, candidates
@@ -214,7 +215,7 @@ class Minitron(Step):
         start, old, shapes = time.perf_counter(), Sizes.of(model.config), self.shapes(model)
         before, (prefix, stack) = model.num_parameters(), decoder_layers(model)
         scores = self._scores(model, tokens, shapes)
-        ranked = self._ranked(model, tokens, shapes, scores, journal) if len(shapes) > 1 else {}
+        ranked = from_main(self._ranked(model, tokens, shapes, scores, journal)) if len(shapes) > 1 else {}
         shape, layers = next(iter(ranked or shapes)), len(stack)
         dropped, energy = self._cut(model, shape, scores, tokens if self.compensate else None)
         rows = [{"name": f"{prefix}.{i}", "block_influence": value.item()} for i, value in enumerate(scores.layers)]
