@@ -76,6 +76,16 @@ def finish(model: PreTrainedModel, config: BitsAndBytesConfig) -> None:
     quantizer.postprocess_model(model)
 
 
+def nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
+    """QLoRA's 4 bits, nf4 with double quantization, computing in `dtype`."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
 def swap_linears(
     model: PreTrainedModel, config: BitsAndBytesConfig, modules_to_not_convert: Sequence[str] = ()
 ) -> dict[str, nn.Module]:

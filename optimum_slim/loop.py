@@ -99,13 +99,24 @@ class Loop:
         elif self.processes > 1:
             index = None if self.device.type == "cpu" else [self.device.index]
             self.model = DistributedDataParallel(self.bare, device_ids=index)
-        decayed = [p for p in self.parameters.values() if p.dim() > 1]
-        others = [p for p in self.parameters.values() if p.dim() <= 1]
-        groups = [{"params": decayed, "weight_decay": s["weight_decay"]}, {"params": others, "weight_decay": 0.0}]
-        self.adamw = torch.optim.AdamW([group for group in groups if group["params"]], lr=s["learning_rate"])
+        self.adamw = torch.optim.AdamW(self._groups(), lr=s["learning_rate"])
         warmup = min(s["warmup_steps"], s["steps"] // 5)
         self.schedule = LambdaLR(self.adamw, partial(SCHEDULES[s["schedule"]], warmup=warmup, steps=s["steps"]))
         self.optimizer = self.accelerator.prepare_optimizer(self.adamw, device_placement=False)
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """The parameters by what AdamW does to them: matrices decay, submodules may have rates of their own."""
+        s, groups = self.settings, {}
+        rates = s["rates"] or {}
+        for name, parameter in self.parameters.items():
+            factor = next((rate for path, rate in rates.items() if name.startswith(f"{path}.")), 1.0)
+            groups.setdefault((factor, parameter.dim() > 1), []).append(parameter)
+        ordered = sorted(groups.items(), key=lambda group: (group[0][0] != 1, not group[0][1]))
+        decays = {True: s["weight_decay"], False: 0.0}
+        return [
+            {"params": group, "weight_decay": decays[decayed], "lr": factor * s["learning_rate"]}
+            for (factor, decayed), group in ordered
+        ]
 
     def _train(self) -> None:
         s, quiet = self.settings, None if self.accelerator.is_main_process else True

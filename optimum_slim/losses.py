@@ -21,8 +21,9 @@ PyTorch holds several such tensors for log-softmax, its gradient and the copies 
 computes loss and gradient together for a few rows at a time in fp32 and keeps the gradient in the logits' own dtype.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from .hidden_states import DISTANCES, hidden_distance, outputs
 
 
 DIVERGENCES = ("forward", "reverse")
+TEACHER = "distillation_teacher"  # a submodule of the student, while both are trained (`teacher_correction.py`)
 ROWS = 128  # rows of logits turned into fp32 together
 
 
@@ -160,8 +162,26 @@ def token_loss(
             f"{tuple(logits.shape)}; distillation needs two models with the same vocabulary"
         )
     check_divergence(divergence)
-    settings = (temperature, kl_weight, divergence == "reverse")
-    return _TokenLoss.apply(logits, input_ids.to(logits.device), teacher_logits, settings)
+    rows = partial(_rows, temperature=temperature, kl_weight=kl_weight, reverse=divergence == "reverse")
+    return mean_over_tokens(logits, input_ids, () if teacher_logits is None else (teacher_logits,), rows)
+
+
+def mean_over_tokens(
+    logits: Tensor, input_ids: Tensor, targets: tuple[Tensor, ...], rows: Callable[..., tuple[Tensor, Tensor]]
+) -> Tensor:
+    """A loss that is a sum over tokens, from `ROWS` rows of logits at a time; can be differentiated once.
+
+    Args:
+        logits: (batch, length, vocabulary), any floating dtype.
+        input_ids: int64 (batch, length).
+        targets: tensors (batch, at least length - 1, ...) on the device of `logits`.
+        rows: `rows(logits, labels, *targets)` of fp32 (n, vocabulary), int64 (n,) and the targets' n rows returns the
+            sum of their losses and its gradient (n, vocabulary).
+
+    Returns:
+        fp32 scalar, a mean over batch * (length - 1) positions.
+    """
+    return _TokenLoss.apply(logits, input_ids.to(logits.device), targets, rows)
 
 
 def check_divergence(name: str) -> None:
@@ -180,7 +200,9 @@ def check_hidden(weight: float | str, distance: str) -> None:
 
 class _TokenLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, input_ids: Tensor, teacher: Tensor | None, settings: tuple) -> Tensor:
+    def forward(
+        ctx: Any, logits: Tensor, input_ids: Tensor, targets: tuple[Tensor, ...], function: Callable
+    ) -> Tensor:
         batch, length, _ = logits.shape
         gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), dtype=torch.float32, device=logits.device)
@@ -188,8 +210,8 @@ class _TokenLoss(torch.autograd.Function):
             for first in range(0, length - 1, ROWS):
                 rows = slice(first, min(first + ROWS, length - 1))
                 labels = input_ids[sample, rows.start + 1 : rows.stop + 1]
-                target = None if teacher is None else teacher[sample, rows].float()
-                value, slope = _rows(logits[sample, rows].float(), labels, target, *settings)
+                each = [target[sample, rows] for target in targets]
+                value, slope = function(logits[sample, rows].float(), labels, *each)
                 total += value
                 if gradient is not None:
                     gradient[sample, rows] = slope.to(gradient.dtype)
@@ -207,18 +229,30 @@ class _TokenLoss(torch.autograd.Function):
         return gradient.mul_(upstream / ctx.count), None, None, None
 
 
+def next_token_rows(logits: Tensor, labels: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+    """`weight` times the summed next-token loss of fp32 rows (n, vocabulary), and its gradient."""
+    log_q = logits.log_softmax(-1)
+    value = -weight * log_q.gather(-1, labels[:, None]).sum()
+    slope = log_q.exp_()
+    slope.scatter_add_(-1, labels[:, None], slope.new_full((len(labels), 1), -1.0)).mul_(weight)
+    return value, slope
+
+
 def _rows(
-    logits: Tensor, labels: Tensor, target: Tensor | None, temperature: float, kl_weight: float, reverse: bool
+    logits: Tensor,
+    labels: Tensor,
+    target: Tensor | None = None,
+    *,
+    temperature: float,
+    kl_weight: float,
+    reverse: bool,
 ) -> tuple[Tensor, Tensor]:
     """Summed loss of fp32 rows (n, vocabulary) and its gradient with respect to them."""
     value, slope = logits.new_zeros(()), None
     if kl_weight < 1:
-        log_q = logits.log_softmax(-1)
-        value = value - (1 - kl_weight) * log_q.gather(-1, labels[:, None]).sum()
-        slope = log_q.exp_()
-        slope.scatter_add_(-1, labels[:, None], slope.new_full((len(labels), 1), -1.0)).mul_(1 - kl_weight)
+        value, slope = next_token_rows(logits, labels, 1 - kl_weight)
     if kl_weight > 0:
-        log_p = (target / temperature).log_softmax(-1)
+        log_p = (target.float() / temperature).log_softmax(-1)
         log_q = (logits / temperature).log_softmax(-1)
         if reverse:
             q = log_q.exp()

@@ -14,7 +14,6 @@ from .calibration import Calibration
 from .config import SlimConfig, as_calibration
 from .fourbit import finish
 from .loading import load_tokenizer
-from .memory import shared_copy
 from .packed import PackedLinear, model_bytes
 from .processes import check_same, from_main, place
 from .report import Report
@@ -111,12 +110,15 @@ def run_steps(model, steps, config: SlimConfig) -> tuple[list[Step], list[StepRe
             for step in steps[:1]:
                 step.resolve(model)  # a recipe that cannot work is refused before data is made for it
             tokens = _tokens(model, steps, config)
-            teacher = shared_copy(model) if any(step.needs_teacher for step in steps) else None
             keeps = any(step.keeps_journal for step in steps)
             journal = journal_folder(model, steps, config.calibration) if keeps else None
-            for number, step in enumerate(steps):
-                folder = journal / f"{number}-{step.name}" if step.keeps_journal else None
-                reports.append(step.resolve(model).apply(model, tokens[number], teacher=teacher, journal=folder))
+            folders = [journal / f"{i}-{step.name}" if step.keeps_journal else None for i, step in enumerate(steps)]
+            teachers = [
+                step.make_teacher(model, *given) if step.needs_teacher else None
+                for step, *given in zip(steps, tokens, folders, strict=True)
+            ]
+            for step, ids, folder in zip(steps, tokens, folders, strict=True):
+                reports.append(step.resolve(model).apply(model, ids, teacher=teachers.pop(0), journal=folder))
             if journal is not None and place()[0] == 0:
                 shutil.rmtree(journal, ignore_errors=True)
     finally:

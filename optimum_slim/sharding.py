@@ -26,7 +26,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
-from .losses import unwrapped
+from .hidden_states import PROJECTION
+from .losses import TEACHER, unwrapped
 from .memory import shared_copy
 from .walk import decoder_layers
 
@@ -115,13 +116,16 @@ def put(value: Tensor, into: Tensor) -> None:
 
 
 def _units(model: nn.Module) -> list[nn.Module]:
-    """The decoder layers that share no parameter with another module, so that they can be gathered by themselves."""
+    """Decoder layers that share no parameter with another module, and other modules to be gathered by themselves."""
     uses = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     units = []
     for layer in dict.fromkeys(decoder_layers(unwrapped(model))[1]):
         inside = Counter(id(p) for module in layer.modules() for p in module.parameters(recurse=False))
         if all(uses[key] == count for key, count in inside.items()):
             units.append(layer)
+    for name in (PROJECTION, TEACHER):  # called by themselves, outside of the model's forward pass
+        if (extra := getattr(unwrapped(model), name, None)) is not None:
+            units += [*(_units(extra) if name == TEACHER else ()), extra]
     return units
 
 

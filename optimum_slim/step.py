@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -24,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from .block import Group
 from .calibration import Calibration
 from .hessian import asymmetric_map
+from .memory import shared_copy
 from .packed import PackedLinear, linear_weight
 from .walk import decoder_layers, walk
 
@@ -104,8 +106,9 @@ class Step(ABC):
 
         Args:
             tokens: int64 (samples, length), or `None` if the step needs no data.
-            teacher: the model as it was before the recipe, if the step needs it. It shares its parameter tensors with
-                `model`, so that a step must put new tensors in place of those it changes.
+            teacher: what `make_teacher` gave, if the step needs it, or the model as it was before the recipe. It may
+                share its parameter tensors with `model`, so that a step must put new tensors in place of those it
+                changes.
             journal: a folder for what a killed run goes on from, if the step keeps one.
         """
 
@@ -113,6 +116,13 @@ class Step(ABC):
     def keeps_journal(self) -> bool:
         """Whether it runs so long that it should go on where it was after a kill."""
         return self.trains
+
+    def make_teacher(self, model: nn.Module, tokens: Tensor | None, journal: Path | None) -> Any:
+        """What `apply` gets as its teacher, made before the first step of a recipe from the model as it is then.
+
+        By default a copy around the same tensors. Nothing else keeps what the steps before this one remove.
+        """
+        return shared_copy(model)
 
     def calibration(self, recipe: Calibration) -> Calibration:
         """The data of this step, by default that of the whole recipe."""

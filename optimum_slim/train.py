@@ -22,7 +22,7 @@ import contextlib
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,7 @@ def fit(
     weight_decay: float = 0.0,
     max_grad_norm: float | None = 1.0,
     schedule: str = "cosine",
+    rates: Mapping[str, float] | None = None,
     before_step: Callable[[int], None] | None = None,
     held_out: float = 0.05,
     evaluate_every: int = 50,
@@ -80,7 +81,8 @@ def fit(
             fp32: 16-bit ones are trained as they are and lose small updates (a warning says so).
         tokens: int64 (samples, length), on the CPU.
         loss: `loss(model, input_ids)` with int64 input_ids (micro-batch, length) on the model's device; returns an
-            fp32 scalar, the mean over predicted tokens. A teacher it holds is looked for in its attribute `teacher`.
+            fp32 scalar, the mean over predicted tokens. A teacher it holds is looked for in its attribute `teacher`,
+            a `TeacherCache` in `cache`.
         steps: optimizer steps, at most.
         learning_rate: its peak; it rises from zero over `warmup_steps` (at most a fifth of `steps`), then falls to
             zero as `schedule` has it.
@@ -91,6 +93,7 @@ def fit(
         max_grad_norm: gradients are scaled down to this norm; `None` leaves them.
         schedule: `"cosine"`, or `"two_stage"` as BitNet b1.58 was trained: a straight line, in the second half two
             thirds of it, and no weight decay there.
+        rates: for submodules of the model by name, by what their learning rate is multiplied.
         before_step: called with the number of each optimizer step, from 0, before it. It is not recorded in a journal,
             so what it does should depend on that number alone. Under FSDP2 a copy of the modules is trained.
         held_out: share of the samples (rounded, at least one) never trained on; 0 keeps none, and the model ends with
@@ -117,8 +120,10 @@ def fit(
     """
     settings = {name: value for name, value in locals().items() if name not in ("model", "tokens", "loss")}
     _check_settings(**settings)
-    _check_tokens(tokens)
+    check_tokens(tokens)
     fsdp = fsdp_settings()
+    if (cache := getattr(loss, "cache", None)) is not None:
+        cache.find(tokens)
     parameters = _trained_parameters(model, loss, mixed_precision)
     with own_accelerator(mixed_precision) as accelerator, torch.enable_grad():
         micro, accumulation = cut_batch(batch_size, micro_batch_size, accelerator.num_processes)
@@ -160,7 +165,7 @@ def _fingerprint(
     model: nn.Module, parameters: dict[str, nn.Parameter], tokens: Tensor, loss: Loss, settings: dict[str, Any]
 ) -> dict[str, Any]:
     """What must be the same for a journal to be taken up."""
-    teacher = getattr(loss, "teacher", None)
+    teacher, cache = getattr(loss, "teacher", None), getattr(loss, "cache", None)
     frozen = [(name, p) for name, p in model.named_parameters() if name not in parameters]
     return {name: value for name, value in settings.items() if name not in FREE} | {
         "loss": _describe(loss),
@@ -168,6 +173,7 @@ def _fingerprint(
         "trainable parameters": digest(parameters.items(), values=False),
         "frozen parameters": digest(frozen),
         "teacher": digest(teacher.named_parameters()) if teacher is not None else None,
+        "teacher cache": cache.digest if cache is not None else None,
     }
 
 
@@ -175,8 +181,9 @@ def _describe(loss: Loss) -> str:
     """A loss by name, with its settings if it is a dataclass."""
     if not dataclasses.is_dataclass(loss):
         return getattr(loss, "__qualname__", type(loss).__qualname__)
-    fields = {f.name: getattr(loss, f.name) for f in dataclasses.fields(loss) if f.name != "teacher"}
-    return f"{type(loss).__qualname__}({', '.join(f'{name}={value}' for name, value in fields.items())})"
+    fields = {f.name: getattr(loss, f.name) for f in dataclasses.fields(loss)}
+    words = [f"{name}={value}" for name, value in fields.items() if not isinstance(value, nn.Module)]
+    return f"{type(loss).__qualname__}({', '.join(words)})"
 
 
 def _check_settings(**s: Any) -> None:
@@ -210,7 +217,8 @@ def _check_precision(name: str, device: torch.device | None = None) -> None:
         raise ValueError("mixed_precision='fp16' does not work on a CPU; use 'bf16' or 'no'")
 
 
-def _check_tokens(tokens: Tensor) -> None:
+def check_tokens(tokens: Tensor) -> None:
+    """Raise a `ValueError` unless they are int64 (samples, length), on the CPU."""
     if tokens.dim() != 2 or tokens.dtype != torch.int64 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
         raise ValueError(
             f"expected tokens as an int64 matrix (samples, length) of at least 1 x 2, found {tokens.dtype} "

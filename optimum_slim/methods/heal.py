@@ -7,8 +7,9 @@ default data are samples of that model, so that nothing but the model is needed.
 footnote: where layers were removed, the residual stream should be what it was behind them.
 
 The teacher costs no second copy of the weights: it shares every tensor that is not trained with the student, and what
-is trained or merged gets a new tensor. Adapters are merged into the 16-bit weights at the end (for QLoRA as well: its
-4-bit base exists during training only), or stay (`merge=False`).
+is trained or merged gets a new tensor. Where little is shared, it can be in 4 bits or on disk (`teacher.py`). Adapters
+are merged into the 16-bit weights at the end (for QLoRA as well: its 4-bit base exists during training only), or stay
+(`merge=False`).
 
 Weights that a sparse step dropped stay dropped. Adapters on sparse layers are masked, in training as in the merge
 (`sparse_training.py`), `"full"` trains the kept values, and the layers end as they came: packed ones with the same
@@ -29,10 +30,11 @@ import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
+from ..cached_distillation import CachedDistillation
 from ..calibration import Calibration
+from ..fourbit import as_4bit, finish, nf4, remove_adapters
 from ..hidden_states import projected
-from ..losses import Distillation, check_divergence, check_hidden, next_token_loss
-from ..memory import shared_copy
+from ..losses import TEACHER, Distillation, check_divergence, check_hidden, next_token_loss
 from ..packed import linear_shape
 from ..sparse import SparseLinear
 from ..sparse_training import is_sparse, sparse_stand_ins, trained_values
@@ -48,13 +50,16 @@ from ..student import (
     require_peft,
     seams,
 )
+from ..teacher import TeacherForm
+from ..teacher_cache import TeacherCache
+from ..teacher_correction import RATE, CorrectedDistillation, corrected, trained_along
 from ..train import FitReport, fit, usual_precision
 
 
 METHODS = ("lora", "qlora", "full", "norms")
 LOSSES = ("distill", "next_token")
-CORRECTION = 5  # how many times smaller the teacher's learning rate is (arXiv 2408.11796)
-OF_THE_TEACHER = ("kl_weight", "divergence", "hidden_weight", "hidden_distance", "hidden_layers", "teacher_steps")
+OF_THE_TEACHER = ("kl_weight", "divergence", "hidden_weight", "hidden_distance", "hidden_layers", "teacher_correction")
+OF_THE_TEACHER += ("teacher_bits", "teacher_top_k", "teacher_cache")
 
 
 @register("heal", paper="The Unreasonable Ineffectiveness of the Deeper Layers (arXiv 2403.17887), Section 3 and A.2")
@@ -79,9 +84,15 @@ class Heal(Step):
         hidden_layers (`str` or pairs of `int`): which states those are: `"seams"` where layers were removed, `"ends"`
             (Minitron's: the embeddings and the layer two before the last), or pairs (student's layer, teacher's), from
             0, -1 for the embeddings.
-        teacher_steps (`int`): Minitron's teacher correction (arXiv 2408.11796, Section 3.1): a copy of the teacher is
-            first trained in full on the same data, by next-token loss at a fifth of `learning_rate`. For data that the
-            teacher was not trained on; needs three more copies of its weights in fp32 for as long as that lasts.
+        teacher_correction (`int` or `"alongside"`): for data that the teacher was not trained on, see
+            `teacher_correction.py`: so many steps of next-token training of a copy of the teacher before the
+            distillation, or as many as the student's, together with them. Training the copy takes 16 bytes for each of
+            its parameters.
+        teacher_bits (`int`, *optional*): 4 makes the teacher a 4-bit copy of the unpruned model (nf4 of bitsandbytes).
+        teacher_top_k (`int`, *optional*): run the teacher once, and keep this many of its likeliest tokens on disk,
+            256 for example; see `TeacherCache`.
+        teacher_cache (`str`, *optional*): folder in which that stays for other runs with this teacher and these data;
+            by default it is gone with the run.
         samples, length (`int`, *optional*): of the training data; by default those of the recipe's calibration.
         held_out (`float`): share of the samples that is kept apart; the best state on it is what is kept.
         evaluate_every, patience: steps between evaluations, and how many without progress end the training.
@@ -115,7 +126,10 @@ class Heal(Step):
     hidden_weight: float | str = 0.0
     hidden_distance: str = "relative"
     hidden_layers: str | tuple[tuple[int, int], ...] = "seams"
-    teacher_steps: int = 0
+    teacher_correction: int | str = 0
+    teacher_bits: int | None = None
+    teacher_top_k: int | None = None
+    teacher_cache: str | None = None
     samples: int | None = None
     length: int | None = None
     held_out: float = 0.05
@@ -154,13 +168,30 @@ class Heal(Step):
                 )
         else:
             object.__setattr__(self, "hidden_layers", tuple((int(a), int(b)) for a, b in self.hidden_layers))
-        if type(self.teacher_steps) is not int or self.teacher_steps < 0:
-            raise ValueError(f"teacher_steps must be an integer of at least 0, found {self.teacher_steps!r}")
         for name in OF_THE_TEACHER:
             if getattr(self, name) != getattr(Heal, name) and self.loss != "distill":
                 raise ValueError(f"{name} is about the unpruned model; it needs loss='distill'")
         if self.quantization is not None and self.method != "qlora":
             raise ValueError(f"quantization is for method='qlora', found method={self.method!r}")
+        if self.teacher_cache is not None:
+            object.__setattr__(self, "teacher_cache", str(self.teacher_cache))
+        self._check_correction()
+        self._form.check_loss(kl_weight=self.kl_weight, divergence=self.divergence, hidden_weight=self.hidden_weight)
+
+    def _check_correction(self) -> None:
+        given = self.teacher_correction
+        if given != "alongside" and (type(given) is not int or given < 0):
+            raise ValueError(f"teacher_correction must be a number of steps or 'alongside', found {given!r}")
+        if given == "alongside" and (self.teacher_bits or self.teacher_top_k or self.hidden_weight):
+            raise ValueError(
+                "teacher_correction='alongside' trains the teacher's weights and compares logits alone; leave out "
+                "teacher_bits, teacher_top_k and hidden_weight, or pass a number of steps"
+            )
+
+    @property
+    def _form(self) -> TeacherForm:
+        at_once = self.micro_batch_size or self.batch_size
+        return TeacherForm(self.teacher_bits, self.teacher_top_k, self.teacher_cache, self.temperature, at_once)
 
     @property
     def needs_teacher(self) -> bool:
@@ -192,19 +223,25 @@ class Heal(Step):
     def calibration(self, recipe: Calibration) -> Calibration:
         return recipe.resized(self.samples, self.length)
 
+    def make_teacher(self, model: nn.Module, tokens: Tensor | None, journal: Path | None) -> nn.Module | TeacherCache:
+        teacher = self._corrected(super().make_teacher(model, tokens, journal), tokens, journal)
+        made = self._form.make(teacher, tokens, journal)
+        made.correction = getattr(teacher, "correction", "")
+        return made
+
     def apply(self, model: nn.Module, tokens: Tensor | None = None, *, teacher=None, journal=None) -> StepReport:
         start = time.perf_counter()
         flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         sparse = [module for module in model.modules() if isinstance(module, SparseLinear) or is_sparse(module)]
         for module in sparse if self.method in ("qlora", "full") else ():
             self.check_sparse(packed=isinstance(module, SparseLinear), bits=getattr(module, "bits", None))
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        taught, correction = contextlib.nullcontext(), ""
+        if self.needs_teacher:
+            teacher = self._corrected(teacher, tokens, journal)
+            taught, correction = self._form.ready(teacher, tokens, journal), getattr(teacher, "correction", "")
+        with torch.random.fork_rng(devices=[]), torch.enable_grad(), taught as teacher:
             torch.manual_seed(self.seed)
             loss = self._loss(model, teacher)
-            notes = []
-            if self.teacher_steps:
-                corrected, note = self._corrected(teacher, tokens, journal)
-                loss, notes = dataclasses.replace(loss, teacher=corrected), [note]
             train = self._train_adapters if self.method in ("lora", "qlora") else self._train_weights
             try:
                 rows, report = train(model, tokens, loss, journal)
@@ -212,14 +249,28 @@ class Heal(Step):
                 if not getattr(model, "_hf_peft_config_loaded", False):
                     for name, parameter in model.named_parameters():
                         parameter.requires_grad_(flags[name])
-        notes.append(self._note(report))
+        notes = [*filter(None, [correction]), self._note(report), *self._form.notes(teacher)]
         if sparse:
             notes.append(f"{len(sparse)} sparse layers kept their mask: no dropped weight came back")
-        return StepReport(self.to_dict(), time.perf_counter() - start, rows, notes, {"healing": report.history})
+        recorded = dataclasses.replace(self, teacher_cache=None).to_dict()
+        return StepReport(recorded, time.perf_counter() - start, rows, notes, {"healing": report.history})
 
-    def _loss(self, model: nn.Module, teacher: nn.Module | None):
+    def _corrected(self, teacher: nn.Module | TeacherCache, tokens: Tensor, journal: Path | None):
+        """The teacher, corrected if that is to be done before the distillation and has not been done."""
+        done = isinstance(teacher, TeacherCache) or hasattr(teacher, "correction")
+        if done or not self.teacher_correction or self.teacher_correction == "alongside":
+            return teacher
+        settings = self._fit_settings(teacher.dtype, teacher.device) | {"steps": self.teacher_correction}
+        settings["journal"] = None if journal is None else Path(journal) / "correction"
+        return corrected(teacher, tokens, **settings)
+
+    def _loss(self, model: nn.Module, teacher: nn.Module | TeacherCache | None):
         if self.loss == "next_token":
             return next_token_loss
+        if isinstance(teacher, TeacherCache):
+            return CachedDistillation(teacher, self.kl_weight)
+        if self.teacher_correction == "alongside":
+            return CorrectedDistillation(teacher, self.temperature, self.kl_weight, self.divergence)
         pairs = ()
         if self.hidden_weight:
             find = {"seams": seams, "ends": ends}.get(self.hidden_layers)
@@ -239,39 +290,21 @@ class Heal(Step):
             self.hidden_distance,
         )
 
-    def _corrected(self, teacher: nn.Module, tokens: Tensor, journal) -> tuple[nn.Module, str]:
-        """A copy of the teacher that was trained on the data itself, and what became of its loss."""
-        corrected, plain = shared_copy(teacher), {name: getattr(Heal, name) for name in OF_THE_TEACHER}
-        plain |= {"method": "full", "loss": "next_token", "merge": True, "quantization": None}
-        step = dataclasses.replace(
-            self, **plain, steps=self.teacher_steps, learning_rate=self.learning_rate / CORRECTION
-        )
-        report = step.apply(corrected, tokens, journal=None if journal is None else Path(journal) / "teacher")
-        return corrected, f"teacher corrected on the data: {report.notes[0].partition(': ')[2]}"
-
     def _fit(self, model: nn.Module, tokens: Tensor, loss, journal, dtype: torch.dtype) -> FitReport:
-        between = projected(model, loss.teacher) if self.hidden_weight else contextlib.nullcontext()
+        between, rates = contextlib.nullcontext(), {}
+        if self.hidden_weight:
+            between = projected(model, loss.teacher)
+        if self.teacher_correction == "alongside":
+            between, rates = trained_along(model, loss.source), {TEACHER: RATE}
         with between:
-            return fit(
-                model,
-                tokens,
-                loss,
-                steps=self.steps,
-                learning_rate=self.learning_rate,
-                batch_size=self.batch_size,
-                micro_batch_size=self.micro_batch_size,
-                warmup_steps=self.warmup_steps,
-                weight_decay=self.weight_decay,
-                max_grad_norm=self.max_grad_norm,
-                held_out=self.held_out,
-                evaluate_every=self.evaluate_every,
-                patience=self.patience,
-                activation_checkpointing=self.activation_checkpointing,
-                mixed_precision=usual_precision(dtype, model.device),
-                seed=self.seed,
-                journal=journal,
-                description=f"healing ({self.method}, {self.loss})",
-            )
+            settings = self._fit_settings(dtype, model.device) | {"rates": rates, "journal": journal}
+            return fit(model, tokens, loss, **settings, description=f"healing ({self.method}, {self.loss})")
+
+    def _fit_settings(self, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+        """What `fit` is told about a model of this dtype."""
+        same = ("steps", "learning_rate", "batch_size", "micro_batch_size", "warmup_steps", "weight_decay", "seed")
+        same += ("max_grad_norm", "held_out", "evaluate_every", "patience", "activation_checkpointing")
+        return {name: getattr(self, name) for name in same} | {"mixed_precision": usual_precision(dtype, device)}
 
     def _train_weights(self, model, tokens, loss, journal) -> tuple[list[dict], FitReport]:
         """Train all weights, or the norms', in fp32 copies that then take the dtype the weights had."""
@@ -298,8 +331,6 @@ class Heal(Step):
         return [{"name": name, "shape": shapes[name]} for name in names if name in shapes], report
 
     def _train_adapters(self, model, tokens, loss, journal) -> tuple[list[dict], FitReport]:
-        from ..fourbit import as_4bit, finish, remove_adapters
-
         require_peft()
         dtype, targets = model.dtype, self._targets(model)
         base = sparse_stand_ins(model)
@@ -331,12 +362,7 @@ class Heal(Step):
     def _quantization(self, dtype: torch.dtype) -> BitsAndBytesConfig:
         if self.quantization is not None:
             return BitsAndBytesConfig(**self.quantization)
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
+        return nf4(dtype)
 
     def _targets(self, model: nn.Module) -> str | list[str]:
         if self.target_modules != "ffn":

@@ -191,7 +191,7 @@ def test_saved_losses_take_the_place_of_measuring(tmp_path):
     scores = importance(model, TOKENS)
     scores.save(plain)
     dataclasses.replace(scores, loss_increase=loss_increase(model, TOKENS, [2])).save(path)
-    step = Minitron(num_hidden_layers=2, layer_metric="contiguous")
+    step = Minitron(num_hidden_layers=2, layer_metric="contiguous", compensate=False)
     measured = tiny_llama(num_hidden_layers=4)
     slim(measured, step, data=TOKENS)
     expected = logits(model)
@@ -371,7 +371,7 @@ def test_saved_scores_take_the_place_of_measuring(tmp_path):
     step = Minitron(**SIZES, scores=path, compensate=False)
     assert not step.needs_data and Minitron(ratio=0.5, scores=path, compensate=False).needs_data
     slim(model, step)
-    slim(measured, Minitron(**SIZES), data=TOKENS)
+    slim(measured, Minitron(**SIZES, compensate=False), data=TOKENS)
     assert torch.equal(logits(model), logits(measured)) and model.config.slim[0]["scores"] is None
     with pytest.raises(ValueError, match="scores of another model"):
         slim(tiny_llama(intermediate_size=80), step)
