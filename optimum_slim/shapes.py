@@ -150,3 +150,17 @@ def _heads(counter: Counter, most: float) -> list[tuple[int, int]]:
         return [(n, n) for n in range(old.heads, 0, -1) if n >= (1 - most) * old.heads]
     each = old.heads // old.groups
     return [(old.groups * n, old.groups) for n in range(each, 0, -1) if n >= (1 - most) * each]
+
+
+def number_of(value: int | float | str) -> int:
+    """A number of parameters: 4000000000, 4e9 or "4B"."""
+    units = {"K": 1e3, "M": 1e6, "B": 1e9}
+    try:
+        text = value.strip().upper() if isinstance(value, str) else value
+        unit = units.get(text[-1:], 1) if isinstance(text, str) else 1
+        count = float(text.rstrip("KMB")) * unit if isinstance(text, str) else float(text)
+    except (TypeError, ValueError):
+        count = 0.0
+    if not count >= 1:
+        raise ValueError(f"params must be a number of parameters such as 4e9 or '4B', found {value!r}")
+    return round(count)

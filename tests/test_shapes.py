@@ -7,7 +7,7 @@ import torch
 from helpers import tiny_llama
 from test_width import WHOLE, tiny
 
-from optimum_slim.shapes import MOST, Counter, candidates
+from optimum_slim.shapes import MOST, Counter, candidates, number_of
 from optimum_slim.width import narrow
 
 
@@ -59,3 +59,16 @@ def test_only_widths_that_the_config_takes_are_candidates():
     found = candidates(model, round(0.75 * model.num_parameters()))
     assert {shape.sizes.channels % shape.sizes.heads for shape in found} == {0}
     assert any(shape.sizes.channels == 504 for shape in found)
+
+
+@pytest.mark.parametrize(
+    ("value", "count"), [(4e9, 4_000_000_000), ("4B", 4_000_000_000), (" 1.5m ", 1_500_000), ("70k", 70_000), (10, 10)]
+)
+def test_numbers_of_parameters(value, count):
+    assert number_of(value) == count
+
+
+@pytest.mark.parametrize("value", ["B", "four", 0, -1, float("nan"), None])
+def test_what_is_no_number_of_parameters_is_refused(value):
+    with pytest.raises(ValueError, match="params"):
+        number_of(value)

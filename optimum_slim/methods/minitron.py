@@ -41,7 +41,7 @@ from ..layout import check_layout
 from ..processes import from_main
 from ..ranking import heads_together, kept_widths, merge_heads
 from ..shape_search import rank_shapes
-from ..shapes import Counter, Shape, candidates
+from ..shapes import Counter, Shape, candidates, number_of
 from ..step import Step, StepReport, register
 from ..surgery import drop_layers
 from ..walk import decoder_layers
@@ -336,17 +336,3 @@ def _table(ranked: dict[Shape, dict[str, Any]]) -> list[dict[str, Any]]:
 def _outcome(figures: dict[str, Any], steps: int) -> str:
     healed = f", {figures['perplexity_healed']:.4g} after {steps} steps" if steps else ""
     return f"perplexity {figures['perplexity']:.4g}{healed}"
-
-
-def number_of(value: int | float | str) -> int:
-    """A number of parameters: 4000000000, 4e9 or "4B"."""
-    units = {"K": 1e3, "M": 1e6, "B": 1e9}
-    try:
-        text = value.strip().upper() if isinstance(value, str) else value
-        unit = units.get(text[-1:], 1) if isinstance(text, str) else 1
-        count = float(text.rstrip("KMB")) * unit if isinstance(text, str) else float(text)
-    except (TypeError, ValueError):
-        count = 0.0
-    if not count >= 1:
-        raise ValueError(f"params must be a number of parameters such as 4e9 or '4B', found {value!r}")
-    return round(count)

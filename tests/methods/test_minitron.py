@@ -15,7 +15,7 @@ from optimum_slim.axes import Sizes
 from optimum_slim.evaluate import perplexity
 from optimum_slim.importance import importance
 from optimum_slim.layer_loss import LAYER_METRICS, loss_increase
-from optimum_slim.methods.minitron import FIELDS, number_of
+from optimum_slim.methods.minitron import FIELDS
 from optimum_slim.ranking import kept_widths, merge_heads
 
 
@@ -349,19 +349,6 @@ def test_shapes_are_trained_before_they_are_compared_and_the_model_is_not():
     found = {name: getattr(model.config, name) for name in FIELDS if hasattr(model.config, name)}
     slim(untrained, Minitron(**found), data=TOKENS)
     assert torch.equal(logits(untrained), logits(model))
-
-
-@pytest.mark.parametrize(
-    ("value", "count"), [(4e9, 4_000_000_000), ("4B", 4_000_000_000), (" 1.5m ", 1_500_000), ("70k", 70_000), (10, 10)]
-)
-def test_numbers_of_parameters(value, count):
-    assert number_of(value) == count
-
-
-@pytest.mark.parametrize("value", ["B", "four", 0, -1, float("nan"), None])
-def test_what_is_no_number_of_parameters_is_refused(value):
-    with pytest.raises(ValueError, match="params"):
-        number_of(value)
 
 
 def test_saved_scores_take_the_place_of_measuring(tmp_path):
