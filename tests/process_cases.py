@@ -119,8 +119,8 @@ def in_bf16():
 # --- in the same ways: whole recipes, and what is measured in shares
 
 
-def slimmed(step, **changes):
-    model = tiny_llama(initializer_range=0.2, **changes)
+def slimmed(step, spread=0.2):
+    model = tiny_llama(initializer_range=spread)
     report = slim(model, step, data=Calibration(source=TOKENS))
     tables = report.steps[-1].tables
     return {"values": values(model), "history": tables.get("healing") or tables["training"]}
@@ -139,7 +139,7 @@ def bitnet():
 
 
 def onebit():
-    return slimmed(OneBit(steps=4, batch_size=4, evaluate_every=2, learning_rate=1e-3))
+    return slimmed(OneBit(steps=4, batch_size=4, evaluate_every=2), spread=0.02)
 
 
 def measured():
@@ -164,7 +164,7 @@ CASES |= {f"{f.__name__}_sharded": partial(under_fsdp, f) for f in TRAINED}
 # --- what only several processes do, with a folder of theirs
 
 
-FOLDER = Path(sys.argv[1]) if len(sys.argv) > 1 else None
+FOLDER: Path | None = None
 
 
 def case(function):
@@ -303,14 +303,14 @@ def killable():
         return next_token_loss(model, ids)
 
     model = tiny_llama(attention_dropout=0.3)
-    settings = {"journal": FOLDER / "journal", "journal_every": 2, "micro_batch_size": 2}
+    settings = {"journal": FOLDER and FOLDER / "journal", "journal_every": 2, "micro_batch_size": 2}
     report = fit(model, TOKENS, loss, **SETTINGS | settings)
     return values(model), report.history, report.resumed_from
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    results = {}
+    FOLDER, results = Path(sys.argv[1]), {}
     for name in sys.argv[2:]:
         try:
             results[name] = CASES[name]()

@@ -107,12 +107,10 @@ def test_different_weights_and_files_are_refused(results):
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
-def test_a_killed_process_started_again_ends_with_the_same_bits(tmp_path):
-    for folder, kills in (("whole", []), ("killed", ["10", "-1"])):  # call 10: step 5, after the second entry
-        (tmp_path / folder).mkdir()
-        for kill_at in kills or ["-1"]:
-            process = start("process_cases.py", tmp_path / folder, "killable", KILL_AT=kill_at)
-            assert process.wait(600) == (0 if kill_at == "-1" else -signal.SIGKILL), process.stderr.read()
-    whole, resumed = (torch.load(tmp_path / folder / "0.pt")["killable"] for folder in ("whole", "killed"))
+def test_a_killed_process_started_again_ends_with_the_same_bits(tmp_path, one):
+    for kill_at, ended in (("10", -signal.SIGKILL), ("-1", 0)):  # call 10: step 5, after the second entry
+        process = start("process_cases.py", tmp_path, "killable", KILL_AT=kill_at)
+        assert process.wait(600) == ended, process.stderr.read()
+    whole, resumed = one("killable"), torch.load(tmp_path / "0.pt")["killable"]
     assert (whole[2], resumed[2]) == (None, 4)
     assert same(resumed[0], whole[0]) and resumed[1] == whole[1]
