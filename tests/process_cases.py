@@ -22,8 +22,11 @@ from torch.distributed.tensor import DTensor
 
 from optimum_slim import BitNet, BitNetTraining, Calibration, Heal, Minitron, OneBit, save, slim
 from optimum_slim.distance import block_influence, last_token_states
+from optimum_slim.hidden_states import projected
 from optimum_slim.importance import importance
+from optimum_slim.losses import TEACHER
 from optimum_slim.student import own_tensors
+from optimum_slim.teacher_correction import RATE, CorrectedDistillation, trained_along
 from optimum_slim.train import Distillation, fit, next_token_loss
 
 
@@ -96,6 +99,22 @@ def distilled():
     return found
 
 
+def narrow():
+    """A student of another width, behind a map that is trained with it and called outside of its forward pass."""
+    model = tiny_llama(seed=1, hidden_size=48, head_dim=16, num_hidden_layers=3)
+    teacher = tiny_llama(num_hidden_layers=3)
+    loss = Distillation(teacher, hidden_weight="dynamic", seams=[(-1, -1), (0, 0)], hidden_distance="cosine")
+    with projected(model, teacher):
+        return trained(model, loss)
+
+
+def corrected_alongside():
+    """Student and teacher take their steps together, at rates of their own."""
+    student, teacher = tiny_llama(seed=1), tiny_llama()
+    with trained_along(student, teacher):
+        return trained(student, CorrectedDistillation(teacher), rates={TEACHER: RATE})
+
+
 def lora():
     """Adapters in fp32 on a frozen base in bf16, half of it packed."""
     import peft
@@ -155,7 +174,7 @@ def measured():
     return found
 
 
-TRAINED = [next_token, one_held_out, tied, distilled, in_bf16, recipe, bitnet, onebit]
+TRAINED = [next_token, one_held_out, tied, distilled, narrow, corrected_alongside, in_bf16, recipe, bitnet, onebit]
 TRAINED += [lora] if importlib.util.find_spec("peft") else []
 CASES = {f.__name__: f for f in [*TRAINED, measured]}
 CASES |= {f"{f.__name__}_sharded": partial(under_fsdp, f) for f in TRAINED}
