@@ -148,7 +148,7 @@ def slimmed(step, spread=0.2):
 def recipe():
     """A model made narrower and healed."""
     heal = Heal(method="full", steps=4, batch_size=4, learning_rate=1e-3, evaluate_every=2)
-    return slimmed([Minitron(intermediate_size=64), heal])
+    return slimmed([Minitron(intermediate_size=64, hidden_size=48), heal])
 
 
 def bitnet():
