@@ -217,7 +217,7 @@ class Minitron(Step):
         scores = self._scores(model, tokens, shapes)
         ranked = from_main(self._ranked(model, tokens, shapes, scores, journal)) if len(shapes) > 1 else {}
         shape, layers = next(iter(ranked or shapes)), len(stack)
-        dropped, energy = self._cut(model, shape, scores, tokens if self.compensate else None)
+        dropped, energy, fitted = self._cut(model, shape, scores, tokens if self.compensate else None)
         rows = [{"name": f"{prefix}.{i}", "block_influence": value.item()} for i, value in enumerate(scores.layers)]
         for row, value in zip(rows, [] if scores.loss_increase is None else scores.loss_increase[0], strict=False):
             row |= {} if value.isnan() else {"loss_increase": value.item()}
@@ -229,6 +229,9 @@ class Minitron(Step):
         ]
         notes += [f"narrower: {', '.join(changed)}"] if changed else []
         notes += [f"kept {energy:.1%} of the residual stream's energy"] if energy is not None else []
+        if fitted:
+            cut, left = (sum(row[key] for row in fitted) / len(fitted) for key in ("cut", "compensated"))
+            notes.append(f"error of the outputs of {len(fitted)} projections {cut:.1%}, compensated {left:.1%}")
         why = LAYER_METRICS[self.layer_metric]
         notes += [f"dropped layers {', '.join(map(str, dropped))} of {layers} by {why}"] if dropped else []
         notes += [f"the best of {len(ranked)} shapes, {_outcome(ranked[shape], self.search_steps)}"] if ranked else []
@@ -291,12 +294,13 @@ class Minitron(Step):
 
     def _cut(
         self, model: nn.Module, shape: Shape, scores: Importance, tokens: Tensor | None = None
-    ) -> tuple[list[int], float | None]:
-        """Give `model` this shape; the layers that went, and the share of the stream's energy that stayed.
+    ) -> tuple[list[int], float | None, list[dict[str, Any]]]:
+        """Give `model` this shape; with `tokens`, what stays makes up for what went.
 
-        With `tokens`, what stays makes up for what went.
+        Returns:
+            The layers that went, the share of the stream's energy that stayed, and what `compensate` did.
         """
-        count, energy, old = len(decoder_layers(model)[1]), None, Sizes.of(model.config)
+        count, energy, old, fitted = len(decoder_layers(model)[1]), None, Sizes.of(model.config), []
         kept = kept_widths(old, shape.sizes, count, scores)
         if kept.keys() - {"channels"}:
             check_layout(model, find_axes(model), old, kept.keys())  # before anything changes
@@ -310,11 +314,11 @@ class Minitron(Step):
             merge_heads(model, shape.sizes, scores.heads[stay])
         inner = {axis: kept[axis] for axis in ("neurons", "heads") if axis in kept}
         if inner and tokens is not None:
-            compensate(model, tokens, **inner, batch_size=self.batch_size)
+            fitted = compensate(model, tokens, **inner, batch_size=self.batch_size)
         if kept:
             corrected = has_rms_norms(model) if self.norm_correction is None else self.norm_correction
             narrow(model, **kept, correction=energy if corrected else None)
-        return dropped, energy
+        return dropped, energy, fitted
 
     def _ranked(self, model, tokens, shapes: list[Shape], scores: Importance, journal) -> dict[Shape, dict[str, Any]]:
         settings = self.to_dict()

@@ -96,7 +96,8 @@ def test_compensation_comes_closer_on_other_data(sizes):
         model = tiny_llama(num_hidden_layers=3, initializer_range=0.2)
         with torch.no_grad():
             expected = model(other).logits
-            slim(model, Minitron(**sizes, compensate=compensate), data=token_ids(64, 16))
+            report = slim(model, Minitron(**sizes, compensate=compensate), data=token_ids(64, 16))
+            assert any("projections" in note for note in report.notes) == compensate
             errors.append((model(other).logits - expected).norm())
     assert errors[1] < errors[0]
 
