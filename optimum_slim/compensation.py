@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from .axes import find_axes
 from .importance import watch_points
 from .layout import runs
+from .sparse_training import is_sparse
 from .walk import walk
 
 
@@ -37,7 +38,8 @@ def compensate(
 ) -> list[dict]:
     """Fit the down and output projections to the neurons and heads that will stay; the columns of the others become 0.
 
-    The model keeps its shapes: `narrow` takes the columns away afterwards. Weights become new tensors.
+    The model keeps its shapes: `narrow` takes the columns away afterwards. Weights become new tensors. Projections
+    that somebody made sparse are not fitted, since that would bring their dropped weights back.
 
     Args:
         model: a Transformers decoder model, dense.
@@ -74,7 +76,8 @@ def _fit(linear: nn.Module, columns: Tensor, gram: Tensor, ridge: float) -> dict
     inner = inner.diagonal_scatter(inner.diagonal() + ridge * inner.diagonal().mean().clamp(min=1e-30))
     fitted = torch.zeros_like(weight)
     errors = []
-    for part in (kept, kept + torch.cholesky_solve(owed.T, torch.linalg.cholesky(inner)).T):
+    change = 0 if is_sparse(linear) else torch.cholesky_solve(owed.T, torch.linalg.cholesky(inner)).T
+    for part in (kept, kept + change):
         fitted[:, columns] = part
         errors.append(_energy(weight - fitted, gram))
     stored = (fitted.T if isinstance(linear, Conv1D) else fitted).to(linear.weight.dtype).contiguous()

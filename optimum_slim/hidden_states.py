@@ -46,7 +46,7 @@ def hidden_distance(student: nn.Module, ours: Tensor, theirs: Tensor, kind: str)
             f"{tuple(theirs.shape)}; train inside `projected(student, teacher)`, or set hidden_weight=0"
         )
     if kind == "cosine":
-        return (1 - nn.functional.cosine_similarity(ours, theirs, dim=-1)).mean()
+        return (1 - nn.functional.cosine_similarity(ours, theirs, dim=-1)).clamp(min=0).mean()
     lost, norm = (states.square().sum(-1) for states in (theirs - ours, theirs))
     return (lost / norm.clamp(min=torch.finfo(torch.float32).tiny)).mean()
 
@@ -59,9 +59,12 @@ def projected(student: nn.Module, teacher: nn.Module) -> Iterator[None]:
         yield
         return
     with torch.no_grad():
-        ours, theirs = (table.to(tables[0].device).double() for table in tables)
-        projection = nn.Linear(ours.shape[1], theirs.shape[1], bias=False, device=ours.device)
-        projection.weight.copy_(torch.linalg.lstsq(ours.T @ ours, ours.T @ theirs).solution.T)
+        ours, theirs = (table.cpu().double() for table in tables)
+        projection = nn.Linear(ours.shape[1], theirs.shape[1], bias=False, device=tables[0].device)
+        solution = torch.linalg.lstsq(
+            ours.T @ ours, ours.T @ theirs, driver="gelsd"
+        ).solution  # some channels are dead
+        projection.weight.copy_(solution.T)
     setattr(student, PROJECTION, projection)
     try:
         yield

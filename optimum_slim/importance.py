@@ -118,6 +118,9 @@ class Aggregate:
         self.sum = self.sum.to(x.device) + each.abs().sum(0)
         self.squares = self.squares.to(x.device) + each.square().sum(0)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value.cpu() if isinstance(value, Tensor) else value for key, value in vars(self).items()}
+
     def __add__(self, other: Aggregate) -> Aggregate:
         """What both have seen, on the CPU."""
         total = Aggregate(self.samples, self.tokens)

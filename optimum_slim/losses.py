@@ -36,6 +36,7 @@ from .hidden_states import DISTANCES, hidden_distance, outputs
 
 DIVERGENCES = ("forward", "reverse")
 TEACHER = "distillation_teacher"  # a submodule of the student, while both are trained (`teacher_correction.py`)
+EQUAL = 1e-6  # a hidden term that small is rounding
 ROWS = 128  # rows of logits turned into fp32 together
 
 
@@ -123,7 +124,8 @@ class Distillation:
         ]
         hidden = torch.stack(distances).mean()
         if self.hidden_weight == "dynamic":
-            return loss + (loss / hidden.clamp(min=torch.finfo(torch.float32).tiny)).detach() * hidden
+            weight = torch.where(hidden > EQUAL, loss / hidden, 0).detach()
+            return loss + weight * hidden
         return loss + self.hidden_weight * hidden
 
 

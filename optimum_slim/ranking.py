@@ -82,7 +82,7 @@ def merge_heads(model: nn.Module, new: Sizes, scores: Tensor) -> None:
         ValueError: how heads lie in the weights is not known. The model is unchanged then.
     """
     old, axes = Sizes.of(model.config), find_axes(model)
-    check_layout(model, axes, old, ("neurons", "heads"))
+    check_layout(model, axes, old, ("heads",))
     prefix, stack = decoder_layers(model)
     alone = old.heads == old.groups
     whole, stay = heads_together(old, new)

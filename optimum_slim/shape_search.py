@@ -39,7 +39,7 @@ def rank_shapes(
 
     Args:
         model: A Transformers decoder model; it is not changed, and teaches what is cut out of it.
-        tokens: int64 (samples, length), at least two samples if there is training.
+        tokens: int64 (samples, length), at least three samples if there is training.
         shapes: The candidates.
         cut: `cut(copied, shape)` gives a copy of `model` that shape.
         steps: of distillation, all weights, before the ranking; 0 ranks the shapes as they are cut.
@@ -53,8 +53,8 @@ def rank_shapes(
     Raises:
         ValueError: too few samples, or the journal of another search.
     """
-    if steps and len(tokens) < 2:
-        raise ValueError("a search with training needs samples to train on and others to compare on; pass at least 2")
+    if steps and len(tokens) < 3:
+        raise ValueError("a search with training needs samples to train on and others to compare on; pass at least 3")
     held, rows, kept = max(1, len(tokens) // 8), [], None
     if journal is not None:
         candidates = hashlib.sha256(repr(list(shapes)).encode()).hexdigest()

@@ -165,7 +165,7 @@ def _fingerprint(
     model: nn.Module, parameters: dict[str, nn.Parameter], tokens: Tensor, loss: Loss, settings: dict[str, Any]
 ) -> dict[str, Any]:
     """What must be the same for a journal to be taken up."""
-    teacher, cache = getattr(loss, "teacher", None), getattr(loss, "cache", None)
+    teacher, cache = getattr(loss, "teacher", getattr(loss, "source", None)), getattr(loss, "cache", None)
     frozen = [(name, p) for name, p in model.named_parameters() if name not in parameters]
     return {name: value for name, value in settings.items() if name not in FREE} | {
         "loss": _describe(loss),

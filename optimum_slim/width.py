@@ -68,7 +68,7 @@ def narrow(
             config that cannot express the widths. The model is unchanged then.
     """
     old, (stack, layers) = Sizes.of(model.config), decoder_layers(model)
-    _check_dense(model)
+    check_dense(model)
     given = {
         "channels": channels,
         "neurons": neurons,
@@ -207,7 +207,8 @@ def _check_separate(model: nn.Module, axis: str, axes: dict[str, tuple[Axis, ...
     raise ValueError(f"{type(model).__name__} cannot be made narrower by its {axis}: {why}")
 
 
-def _check_dense(model: nn.Module) -> None:
+def check_dense(model: nn.Module) -> None:
+    """Raise a `ValueError` if a layer is packed, quantized or adapted."""
     for name, module in model.named_modules():
         if isinstance(module, PackedLinear) or hasattr(module, "base_layer") or hasattr(module, "quant_state"):
             raise ValueError(f"{name} is packed, quantized or adapted; make the model narrower first")

@@ -119,7 +119,7 @@ def test_pairs_of_layers_and_where_seams_cannot_be_found():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"hidden_layers": "all"}, "'seams', 'ends' or pairs"),
+        ({"hidden_weight": 1.0, "hidden_layers": "all"}, "'seams', 'ends' or pairs"),
         ({"hidden_distance": "l1"}, "relative, cosine"),
         ({"hidden_weight": "auto"}, "'dynamic'"),
         ({"teacher_correction": -1}, "number of steps or 'alongside'"),

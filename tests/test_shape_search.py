@@ -156,5 +156,5 @@ def test_a_search_killed_inside_a_training_goes_on_inside_it(searched, tmp_path,
 
 
 def test_one_sample_cannot_be_trained_on_and_compared_on(searched):
-    with pytest.raises(ValueError, match="pass at least 2"):
+    with pytest.raises(ValueError, match="pass at least 3"):
         rank_shapes(searched[0], TOKENS[:1], searched[1], searched[2], steps=1)

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,7 @@ from ..train import FitReport, fit, usual_precision
 
 METHODS = ("lora", "qlora", "full", "norms")
 LOSSES = ("distill", "next_token")
+CORRECTION = "correction"  # folder inside a journal
 OF_THE_TEACHER = ("kl_weight", "divergence", "hidden_weight", "hidden_distance", "hidden_layers", "teacher_correction")
 OF_THE_TEACHER += ("teacher_bits", "teacher_top_k", "teacher_cache")
 
@@ -161,6 +163,16 @@ class Heal(Step):
         if not 0 <= self.kl_weight <= 1:
             raise ValueError(f"kl_weight must be in [0, 1], found {self.kl_weight!r}")
         check_hidden(self.hidden_weight, self.hidden_distance)
+        if self.loss == "distill" and not self.kl_weight and not self.hidden_weight:
+            raise ValueError("kl_weight=0 leaves the unpruned model no part; use loss='next_token', or hidden_weight")
+        if not self.temperature > 0:
+            raise ValueError(
+                f"temperature must be positive, found {self.temperature!r}; 1 leaves the logits as they are"
+            )
+        if not self.hidden_weight and (self.hidden_layers, self.hidden_distance) != ("seams", "relative"):
+            raise ValueError(
+                "hidden_layers and hidden_distance say what hidden_weight weighs; pass hidden_weight as well"
+            )
         if isinstance(self.hidden_layers, str):
             if self.hidden_layers not in ("seams", "ends"):
                 raise ValueError(
@@ -182,6 +194,11 @@ class Heal(Step):
         given = self.teacher_correction
         if given != "alongside" and (type(given) is not int or given < 0):
             raise ValueError(f"teacher_correction must be a number of steps or 'alongside', found {given!r}")
+        if given and self.hidden_weight and self.hidden_layers == "seams":
+            raise ValueError(
+                "a corrected teacher has weights of its own, so hidden_layers='seams' cannot tell which layers were "
+                "removed; use hidden_layers='ends', or pairs of layers"
+            )
         if given == "alongside" and (self.teacher_bits or self.teacher_top_k or self.hidden_weight):
             raise ValueError(
                 "teacher_correction='alongside' trains the teacher's weights and compares logits alone; leave out "
@@ -245,6 +262,10 @@ class Heal(Step):
             train = self._train_adapters if self.method in ("lora", "qlora") else self._train_weights
             try:
                 rows, report = train(model, tokens, loss, journal)
+            except FloatingPointError:
+                if journal is not None:  # another learning rate is another correction
+                    shutil.rmtree(Path(journal) / CORRECTION, ignore_errors=True)
+                raise
             finally:
                 if not getattr(model, "_hf_peft_config_loaded", False):
                     for name, parameter in model.named_parameters():
@@ -261,8 +282,8 @@ class Heal(Step):
         if done or not self.teacher_correction or self.teacher_correction == "alongside":
             return teacher
         settings = self._fit_settings(teacher.dtype, teacher.device) | {"steps": self.teacher_correction}
-        settings["journal"] = None if journal is None else Path(journal) / "correction"
-        return corrected(teacher, tokens, **settings)
+        settings["journal"] = None if journal is None else Path(journal) / CORRECTION
+        return corrected(teacher, tokens, **settings, description="teacher correction")
 
     def _loss(self, model: nn.Module, teacher: nn.Module | TeacherCache | None):
         if self.loss == "next_token":

@@ -45,7 +45,7 @@ from ..shapes import Counter, Shape, candidates, number_of
 from ..step import Step, StepReport, register
 from ..surgery import drop_layers
 from ..walk import decoder_layers
-from ..width import check_routing, has_rms_norms, narrow
+from ..width import check_dense, check_routing, has_rms_norms, narrow
 
 
 FIELDS = {
@@ -83,7 +83,8 @@ class Minitron(Step):
         norm_correction (`bool`, *optional*): scale the norms to the share of the residual stream's energy that stays;
             by default where that is possible, with RMS norms.
         compensate (`bool`): fit the down and output projections to the neurons and heads that stay, by least squares
-            on the calibration data (`compensation.py`). Takes as long as two or three passes over them.
+            on the calibration data (`compensation.py`). Takes as long as two or three passes over them. Shapes are
+            compared without it.
         layer_metric (`str`): which layers go: `"block_influence"`, those that change the hidden states least;
             `"loss"`, those without which, one by one, the loss grows least; `"contiguous"`, the block of neighbours
             without which it grows least, never the first or last layer. Losses are measured on 16 samples.
@@ -141,10 +142,14 @@ class Minitron(Step):
             raise ValueError(f"tolerance must lie between 0 and 1, found {self.tolerance!r}")
         if type(self.search_steps) is not int or self.search_steps < 0:
             raise ValueError(f"search_steps must be an integer of at least 0, found {self.search_steps!r}")
+        if not self.searches and (self.search_steps or self.tolerance != Minitron.tolerance):
+            raise ValueError("search_steps and tolerance belong to a search; pass params='4B' or ratio=0.5 with them")
 
     @property
     def needs_data(self) -> bool:
-        return self.scores is None or self.compensate or self.searches
+        fitted = (self.intermediate_size, self.num_attention_heads, self.num_key_value_heads)
+        compensated = self.compensate and any(size is not None for size in fitted)
+        return self.scores is None or compensated or self.searches
 
     @property
     def keeps_journal(self) -> bool:
@@ -239,7 +244,10 @@ class Minitron(Step):
             self,
             params=None,
             ratio=None,
+            tolerance=Minitron.tolerance,
+            search_steps=0,
             scores=None,
+            aggregate=scores.aggregate,
             **{name: getattr(shape.sizes, axis) or None for name, axis in FIELDS.items()},
             num_hidden_layers=shape.layers,
         )
@@ -269,7 +277,7 @@ class Minitron(Step):
         else:
             scores = self._read_scores(model)
         drops = {len(scores.layers) - shape.layers for shape in shapes} - {0}
-        return with_losses(scores, model, tokens, drops, self.layer_metric)
+        return from_main(with_losses(scores, model, tokens, drops, self.layer_metric))
 
     def _read_scores(self, model: nn.Module) -> Importance:
         scores, sizes, layers = Importance.load(self.scores), Sizes.of(model.config), len(decoder_layers(model)[1])
@@ -302,8 +310,15 @@ class Minitron(Step):
         """
         count, energy, old, fitted = len(decoder_layers(model)[1]), None, Sizes.of(model.config), []
         kept = kept_widths(old, shape.sizes, count, scores)
+        check_dense(model)  # all that can be wrong is found before anything changes
+        corrected = self.norm_correction if self.norm_correction is not None else has_rms_norms(model)
+        if corrected and "channels" in kept and not has_rms_norms(model):
+            raise ValueError(
+                f"the norms of {type(model).__name__} subtract a mean, so no factor makes up for missing channels; "
+                "pass norm_correction=False"
+            )
         if kept.keys() - {"channels"}:
-            check_layout(model, find_axes(model), old, kept.keys())  # before anything changes
+            check_layout(model, find_axes(model), old, kept.keys())
         dropped = least_layers(scores, count - shape.layers, self.layer_metric)
         drop_layers(model, dropped)
         stay = [layer for layer in range(count) if layer not in dropped]
@@ -313,10 +328,11 @@ class Minitron(Step):
         if self.merge_heads and "heads" in kept:
             merge_heads(model, shape.sizes, scores.heads[stay])
         inner = {axis: kept[axis] for axis in ("neurons", "heads") if axis in kept}
+        if self.merge_heads:  # the merged heads make up for the others already
+            inner.pop("heads", None)
         if inner and tokens is not None:
             fitted = compensate(model, tokens, **inner, batch_size=self.batch_size)
         if kept:
-            corrected = has_rms_norms(model) if self.norm_correction is None else self.norm_correction
             narrow(model, **kept, correction=energy if corrected else None)
         return dropped, energy, fitted
 
