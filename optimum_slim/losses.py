@@ -66,7 +66,7 @@ class Distillation:
         kl_weight (`float`): share of that term in [0, 1]; the rest goes to the next-token loss. Default: 1.
         divergence (`str`): `"forward"`, KL(teacher || student), or `"reverse"`.
         hidden_weight (`float` or `"dynamic"`): weight of the hidden term. Default: 0, which leaves it out. "dynamic"
-            is Minitron's: at every step the weight that makes the hidden term as large as the rest.
+            is Minitron's: in every micro-batch the weight that makes the hidden term as large as the rest.
         seams: pairs `(student_layer, teacher_layer)`, 0-based: the outputs of these decoder layers are compared. If
             teacher layers a to b were removed, the seam is `(a - 1, b)`; -1 stands for the embeddings.
         hidden_distance (`str`): `"relative"` or `"cosine"`, see `hidden_states.py`; a student of another width is to

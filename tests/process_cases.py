@@ -100,12 +100,15 @@ def distilled():
 
 
 def narrow():
-    """A student of another width, behind a map that is trained with it and called outside of its forward pass."""
+    """A student of another width, behind a map that is trained with it and called outside of its forward pass.
+
+    The dynamic weight is that of a micro-batch, so those must be the same.
+    """
     model = tiny_llama(seed=1, hidden_size=48, head_dim=16, num_hidden_layers=3)
     teacher = tiny_llama(num_hidden_layers=3)
     loss = Distillation(teacher, hidden_weight="dynamic", seams=[(-1, -1), (0, 0)], hidden_distance="cosine")
     with projected(model, teacher):
-        return trained(model, loss)
+        return trained(model, loss, micro_batch_size=1)
 
 
 def corrected_alongside():
