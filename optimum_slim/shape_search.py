@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -21,6 +20,7 @@ from .evaluate import perplexity
 from .journal import Journal, identity_of
 from .memory import shared_copy
 from .methods.heal import Heal
+from .processes import place
 from .shapes import Shape
 from .undisturbed import own_flags
 
@@ -66,7 +66,7 @@ def rank_shapes(
         training = None if journal is None else Path(journal) / f"shape-{len(rows):02d}"
         with own_flags(model):
             rows.append(_measured(model, tokens, held, shape, cut, steps, training))
-        if kept is not None and PartialState().is_main_process:
+        if kept is not None and place()[0] == 0:
             kept.write({"rows": rows})
             shutil.rmtree(training, ignore_errors=True)
     figures = {

@@ -311,8 +311,8 @@ class Minitron(Step):
         count, energy, old, fitted = len(decoder_layers(model)[1]), None, Sizes.of(model.config), []
         kept = kept_widths(old, shape.sizes, count, scores)
         check_dense(model)  # all that can be wrong is found before anything changes
-        corrected = self.norm_correction if self.norm_correction is not None else has_rms_norms(model)
-        if corrected and "channels" in kept and not has_rms_norms(model):
+        rms = "channels" in kept and has_rms_norms(model)
+        if "channels" in kept and self.norm_correction and not rms:
             raise ValueError(
                 f"the norms of {type(model).__name__} subtract a mean, so no factor makes up for missing channels; "
                 "pass norm_correction=False"
@@ -333,7 +333,7 @@ class Minitron(Step):
         if inner and tokens is not None:
             fitted = compensate(model, tokens, **inner, batch_size=self.batch_size)
         if kept:
-            narrow(model, **kept, correction=energy if corrected else None)
+            narrow(model, **kept, correction=energy if rms and self.norm_correction is not False else None)
         return dropped, energy, fitted
 
     def _ranked(self, model, tokens, shapes: list[Shape], scores: Importance, journal) -> dict[Shape, dict[str, Any]]:
