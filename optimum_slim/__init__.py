@@ -54,6 +54,7 @@ from .config import SlimConfig  # noqa: E402
 from .evaluate import evaluate, perplexity  # noqa: E402
 from .gguf_export import GgufFile, export_gguf  # noqa: E402
 from .gguf_loading import load_gguf  # noqa: E402
+from .layerskip_loss import LayerSkipLoss  # noqa: E402
 from .methods import (  # noqa: E402
     ARBLLM,
     PT2LLM,
@@ -63,6 +64,7 @@ from .methods import (  # noqa: E402
     BitNetTraining,
     Depth,
     Heal,
+    LayerSkip,
     Magnitude,
     Minitron,
     OneBit,
@@ -70,12 +72,14 @@ from .methods import (  # noqa: E402
     Wanda,
 )
 from .packed import PackedLinear, TernaryLinear  # noqa: E402
+from .pairing import make_draft  # noqa: E402
 from .quantizer import SlimQuantizer  # noqa: E402
 from .recipe import slim  # noqa: E402
 from .report import Report  # noqa: E402
 from .saving import push_to_hub, save  # noqa: E402
 from .sign import SignLinear  # noqa: E402
 from .sparse import SparseLinear  # noqa: E402
+from .speculation import SelfSpeculation  # noqa: E402
 from .step import LinearStep, Step, StepReport, register  # noqa: E402
 
 
@@ -91,12 +95,15 @@ __all__ = [
     "Depth",
     "GgufFile",
     "Heal",
+    "LayerSkip",
+    "LayerSkipLoss",
     "LinearStep",
     "Magnitude",
     "Minitron",
     "OneBit",
     "PackedLinear",
     "Report",
+    "SelfSpeculation",
     "SignLinear",
     "SlimConfig",
     "SlimQuantizer",
@@ -109,6 +116,7 @@ __all__ = [
     "evaluate",
     "export_gguf",
     "load_gguf",
+    "make_draft",
     "merge_and_repack",
     "perplexity",
     "prepare_for_training",

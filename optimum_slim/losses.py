@@ -220,14 +220,15 @@ class _TokenLoss(torch.autograd.Function):
         if gradient is not None:
             gradient[:, -1] = 0
         # Kept without the factor 1 / count: in fp16 that would push small entries below the smallest number.
-        ctx.gradient, ctx.count = gradient, batch * (length - 1)
+        ctx.count, ctx.done = batch * (length - 1), False
+        ctx.save_for_backward(gradient)
         return total / ctx.count
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple:
-        gradient, ctx.gradient = ctx.gradient, None
-        if gradient is None:
+        if ctx.done:
             raise RuntimeError("token_loss can be differentiated only once; compute the loss again")
+        ctx.done, (gradient,) = True, ctx.saved_tensors
         return gradient.mul_(upstream / ctx.count), None, None, None
 
 

@@ -6,6 +6,7 @@ from .bitnet import BitNet
 from .bitnet_training import BitNetTraining
 from .depth import Depth
 from .heal import Heal
+from .layerskip import LayerSkip
 from .magnitude import Magnitude
 from .minitron import Minitron
 from .onebit import OneBit
@@ -24,6 +25,7 @@ __all__ = [
     "BitNetTraining",
     "Depth",
     "Heal",
+    "LayerSkip",
     "Magnitude",
     "Minitron",
     "OneBit",

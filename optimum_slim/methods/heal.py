@@ -7,14 +7,8 @@ default data are samples of that model, so that nothing but the model is needed.
 footnote: where layers were removed, the residual stream should be what it was behind them.
 
 The teacher costs no second copy of the weights: it shares every tensor that is not trained with the student, and what
-is trained or merged gets a new tensor. Where little is shared, it can be in 4 bits or on disk (`teacher.py`). Adapters
-are merged into the 16-bit weights at the end (for QLoRA as well: its 4-bit base exists during training only), or stay
-(`merge=False`).
-
-Weights that a sparse step dropped stay dropped. Adapters on sparse layers are masked, in training as in the merge
-(`sparse_training.py`), `"full"` trains the kept values, and the layers end as they came: packed ones with the same
-index byte for byte, ordinary ones (`packed=False`) with zeros in the same places. Layers of codes (`bits`) train on
-weights rounded to their grid, so that the loss that chooses the best state is that of what is kept.
+is trained or merged gets a new tensor. Where little is shared, it can be in 4 bits or on disk (`teacher.py`). How
+weights are trained, and what becomes of sparse layers, is in `training_step.py`.
 """
 
 from __future__ import annotations
@@ -24,40 +18,24 @@ import dataclasses
 import shutil
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig
 
 from ..cached_distillation import CachedDistillation
-from ..calibration import Calibration
-from ..fourbit import as_4bit, finish, nf4, remove_adapters
 from ..hidden_states import projected
 from ..losses import TEACHER, Distillation, check_divergence, check_hidden, next_token_loss
-from ..packed import linear_shape
-from ..sparse import SparseLinear
-from ..sparse_training import is_sparse, sparse_stand_ins, trained_values
-from ..step import Step, StepReport, register
-from ..student import (
-    add_adapters,
-    differentiable,
-    ends,
-    feed_forward_layers,
-    merge_delta,
-    own_tensors,
-    put_back_unused,
-    require_peft,
-    seams,
-)
+from ..step import StepReport, register
+from ..student import ends, seams
 from ..teacher import TeacherForm
 from ..teacher_cache import TeacherCache
 from ..teacher_correction import RATE, CorrectedDistillation, corrected, trained_along
-from ..train import FitReport, fit, usual_precision
+from ..train import FitReport, fit
+from ..training_step import TrainingStep
 
 
-METHODS = ("lora", "qlora", "full", "norms")
 LOSSES = ("distill", "next_token")
 CORRECTION = "correction"  # folder inside a journal
 OF_THE_TEACHER = ("kl_weight", "divergence", "hidden_weight", "hidden_distance", "hidden_layers", "teacher_correction")
@@ -66,21 +44,11 @@ OF_THE_TEACHER += ("teacher_bits", "teacher_top_k", "teacher_cache")
 
 @register("heal", paper="The Unreasonable Ineffectiveness of the Deeper Layers (arXiv 2403.17887), Section 3 and A.2")
 @dataclass(frozen=True, kw_only=True)
-class Heal(Step):
+class Heal(TrainingStep):
     """Train the pruned model for a short time, with LoRA, QLoRA, in full, or its norms only.
 
     Args:
-        method (`str`): `"lora"`, `"qlora"` (LoRA on a 4-bit base, not for sparse layers), `"full"` (of sparse layers
-            the kept values, not with `bits`) or `"norms"`.
         loss (`str`): `"distill"`, forward KL from the model as it was before the recipe, or `"next_token"`.
-        rank, alpha, dropout: of the adapters; `alpha` is `rank` by default. On sparse layers dropout makes a step
-            about 1.5 times as long.
-        target_modules (`str` or `tuple[str]`): what gets adapters: `"ffn"` for the feed-forward layers,
-            `"all-linear"`, or names as PEFT takes them.
-        steps (`int`): optimizer steps.
-        batch_size (`int`): sequences per optimizer step; `micro_batch_size` of them go through the model at once.
-        learning_rate, warmup_steps, weight_decay, max_grad_norm: AdamW under a cosine with linear warm-up, of at most
-            a fifth of the steps.
         temperature, kl_weight, divergence: of the distillation, see `Distillation`.
         hidden_weight (`float` or `"dynamic"`), hidden_distance: of its term on hidden states.
         hidden_layers (`str` or pairs of `int`): which states those are: `"seams"` where layers were removed, `"ends"`
@@ -95,33 +63,14 @@ class Heal(Step):
             256 for example; see `TeacherCache`.
         teacher_cache (`str`, *optional*): folder in which that stays for other runs with this teacher and these data;
             by default it is gone with the run.
-        samples, length (`int`, *optional*): of the training data; by default those of the recipe's calibration.
-        held_out (`float`): share of the samples that is kept apart; the best state on it is what is kept.
-        evaluate_every, patience: steps between evaluations, and how many without progress end the training.
-        activation_checkpointing (`bool`): less memory for more time.
-        merge (`bool`): merge the adapters into the weights, or leave them in the model as a PEFT adapter.
-        quantization (`dict`, *optional*): arguments of the `BitsAndBytesConfig` of `"qlora"`; by default nf4 with
-            double quantization.
-        seed (`int`): of adapters, data order and dropout.
+        others: see `TrainingStep`.
 
     Raises:
         `ImportError`: PEFT (or bitsandbytes) is missing.
         `ValueError`: fields out of range, no layer to adapt, a loss that is not finite.
     """
 
-    method: str = "lora"
     loss: str = "distill"
-    rank: int = 64
-    alpha: int | None = None
-    dropout: float = 0.05
-    target_modules: str | tuple[str, ...] = "ffn"
-    steps: int = 100
-    batch_size: int = 16
-    micro_batch_size: int | None = None
-    learning_rate: float = 3e-4
-    warmup_steps: int = 100
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
     temperature: float = 1.0
     kl_weight: float = 1.0
     divergence: str = "forward"
@@ -132,33 +81,11 @@ class Heal(Step):
     teacher_bits: int | None = None
     teacher_top_k: int | None = None
     teacher_cache: str | None = None
-    samples: int | None = None
-    length: int | None = None
-    held_out: float = 0.05
-    evaluate_every: int = 50
-    patience: int | None = None
-    activation_checkpointing: bool = False
-    merge: bool = True
-    quantization: dict[str, Any] | None = None
-    seed: int = 0
-
-    needs_data: ClassVar[bool] = True
-    before_packing: ClassVar[bool] = True
-    trains: ClassVar[bool] = True
 
     def __post_init__(self):
-        for name, values in (("method", METHODS), ("loss", LOSSES)):
-            if getattr(self, name) not in values:
-                raise ValueError(f"{name} must be one of {', '.join(values)}, found {getattr(self, name)!r}")
-        for name in ("rank", "steps", "batch_size"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise ValueError(f"{name} must be a positive integer, found {getattr(self, name)!r}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), found {self.dropout!r}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be positive, found {self.learning_rate!r}")
-        if not self.merge and self.method not in ("lora", "qlora"):
-            raise ValueError(f"method={self.method!r} trains the weights themselves, so there is no adapter to keep")
+        super().__post_init__()
+        if self.loss not in LOSSES:
+            raise ValueError(f"loss must be one of {', '.join(LOSSES)}, found {self.loss!r}")
         check_divergence(self.divergence)
         if not 0 <= self.kl_weight <= 1:
             raise ValueError(f"kl_weight must be in [0, 1], found {self.kl_weight!r}")
@@ -183,8 +110,6 @@ class Heal(Step):
         for name in OF_THE_TEACHER:
             if getattr(self, name) != getattr(Heal, name) and self.loss != "distill":
                 raise ValueError(f"{name} is about the unpruned model; it needs loss='distill'")
-        if self.quantization is not None and self.method != "qlora":
-            raise ValueError(f"quantization is for method='qlora', found method={self.method!r}")
         if self.teacher_cache is not None:
             object.__setattr__(self, "teacher_cache", str(self.teacher_cache))
         self._check_correction()
@@ -214,32 +139,6 @@ class Heal(Step):
     def needs_teacher(self) -> bool:
         return self.loss == "distill"
 
-    def check_sparse(self, *, packed: bool, bits: int | None) -> None:
-        """Raise a `ValueError` unless layers with dropped weights can be trained in this way.
-
-        Args:
-            packed: whether they are stored without the dropped weights, or are ordinary ones with zeros.
-            bits: of their kept weights, or `None` for 16 or 32.
-        """
-        if self.method == "qlora":
-            raise ValueError(
-                "method='qlora' trains on a 4-bit copy, in which dropped weights of sparse layers are weights like "
-                "others; use method='lora', which keeps the mask"
-            )
-        if self.method == "full" and bits is not None:
-            raise ValueError(
-                f"method='full' trains weights, and the kept weights of these layers are codes of {bits} bits; use "
-                "method='lora', or prune with bits=None"
-            )
-        if not self.merge and not packed:
-            raise ValueError(
-                "merge=False would leave an adapter on ordinary layers with zeros, where PEFT knows no mask; use "
-                "merge=True, or packed=True in the step that prunes"
-            )
-
-    def calibration(self, recipe: Calibration) -> Calibration:
-        return recipe.resized(self.samples, self.length)
-
     def make_teacher(self, model: nn.Module, tokens: Tensor | None, journal: Path | None) -> nn.Module | TeacherCache:
         teacher = self._corrected(super().make_teacher(model, tokens, journal), tokens, journal)
         made = self._form.make(teacher, tokens, journal)
@@ -248,28 +147,19 @@ class Heal(Step):
 
     def apply(self, model: nn.Module, tokens: Tensor | None = None, *, teacher=None, journal=None) -> StepReport:
         start = time.perf_counter()
-        flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-        sparse = [module for module in model.modules() if isinstance(module, SparseLinear) or is_sparse(module)]
-        for module in sparse if self.method in ("qlora", "full") else ():
-            self.check_sparse(packed=isinstance(module, SparseLinear), bits=getattr(module, "bits", None))
+        sparse = self.check_model(model)
         taught, correction = contextlib.nullcontext(), ""
         if self.needs_teacher:
             teacher = self._corrected(teacher, tokens, journal)
             taught, correction = self._form.ready(teacher, tokens, journal), getattr(teacher, "correction", "")
-        with torch.random.fork_rng(devices=[]), torch.enable_grad(), taught as teacher:
-            torch.manual_seed(self.seed)
+        with taught as teacher:
             loss = self._loss(model, teacher)
-            train = self._train_adapters if self.method in ("lora", "qlora") else self._train_weights
             try:
-                rows, report = train(model, tokens, loss, journal)
+                rows, report = self.train(model, partial(self._fit, model, tokens, loss, journal))
             except FloatingPointError:
                 if journal is not None:  # another learning rate is another correction
                     shutil.rmtree(Path(journal) / CORRECTION, ignore_errors=True)
                 raise
-            finally:
-                if not getattr(model, "_hf_peft_config_loaded", False):
-                    for name, parameter in model.named_parameters():
-                        parameter.requires_grad_(flags[name])
         notes = [*filter(None, [correction]), self._note(report), *self._form.notes(teacher)]
         if sparse:
             notes.append(f"{len(sparse)} sparse layers kept their mask: no dropped weight came back")
@@ -281,7 +171,7 @@ class Heal(Step):
         done = isinstance(teacher, TeacherCache) or hasattr(teacher, "correction")
         if done or not self.teacher_correction or self.teacher_correction == "alongside":
             return teacher
-        settings = self._fit_settings(teacher.dtype, teacher.device) | {"steps": self.teacher_correction}
+        settings = self.fit_settings(teacher.dtype, teacher.device) | {"steps": self.teacher_correction}
         settings["journal"] = None if journal is None else Path(journal) / CORRECTION
         return corrected(teacher, tokens, **settings, description="teacher correction")
 
@@ -318,83 +208,8 @@ class Heal(Step):
         if self.teacher_correction == "alongside":
             between, rates = trained_along(model, loss.source), {TEACHER: RATE}
         with between:
-            settings = self._fit_settings(dtype, model.device) | {"rates": rates, "journal": journal}
+            settings = self.fit_settings(dtype, model.device) | {"rates": rates, "journal": journal}
             return fit(model, tokens, loss, **settings, description=f"healing ({self.method}, {self.loss})")
-
-    def _fit_settings(self, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-        """What `fit` is told about a model of this dtype."""
-        same = ("steps", "learning_rate", "batch_size", "micro_batch_size", "warmup_steps", "weight_decay", "seed")
-        same += ("max_grad_norm", "held_out", "evaluate_every", "patience", "activation_checkpointing")
-        return {name: getattr(self, name) for name in same} | {"mixed_precision": usual_precision(dtype, device)}
-
-    def _train_weights(self, model, tokens, loss, journal) -> tuple[list[dict], FitReport]:
-        """Train all weights, or the norms', in fp32 copies that then take the dtype the weights had."""
-        full = self.method == "full"
-        with contextlib.ExitStack() as stack:
-            if full:
-                stack.enter_context(sparse_stand_ins(model))
-                stack.enter_context(trained_values(model))
-            names = [
-                f"{name}.{key}" if name else key
-                for name, module in model.named_modules()
-                for key, parameter in module.named_parameters(recurse=False)
-                if (full and parameter.is_floating_point()) or "norm" in type(module).__name__.lower()
-            ]
-            dtype = model.dtype
-            dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
-            model.requires_grad_(False)
-            own_tensors(model, names, dict.fromkeys(names, torch.float32), trained=True)
-            try:
-                report = self._fit(model, tokens, loss, journal, dtype)
-            finally:
-                own_tensors(model, names, dtypes, trained=False)
-            shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
-        return [{"name": name, "shape": shapes[name]} for name in names if name in shapes], report
-
-    def _train_adapters(self, model, tokens, loss, journal) -> tuple[list[dict], FitReport]:
-        require_peft()
-        dtype, targets = model.dtype, self._targets(model)
-        base = sparse_stand_ins(model)
-        if self.method == "qlora":
-            config = self._quantization(dtype)
-            if self.merge:
-                base = as_4bit(model, config)
-            else:
-                finish(model, config)
-                base = differentiable(model)
-        with base as originals:
-            settings = {"rank": self.rank, "alpha": self.alpha, "dropout": self.dropout}
-            adapted = add_adapters(model, targets, **settings, rounded=self.merge)
-            kept = False
-            try:
-                if self.method == "lora" and put_back_unused(model, originals, adapted):
-                    self.check_sparse(packed=False, bits=None)
-                rows = [{"name": name, "shape": list(linear_shape(layer.get_base_layer()))} for name, layer in adapted]
-                report = self._fit(model, tokens, loss, journal, dtype)
-                kept = not self.merge
-                for name, layer in adapted if self.merge else ():
-                    linear = originals.get(name) if self.method == "qlora" else None
-                    merge_delta(linear or layer.get_base_layer(), layer.get_delta_weight("default"))
-            finally:
-                if not kept:
-                    remove_adapters(model)
-        return rows, report
-
-    def _quantization(self, dtype: torch.dtype) -> BitsAndBytesConfig:
-        if self.quantization is not None:
-            return BitsAndBytesConfig(**self.quantization)
-        return nf4(dtype)
-
-    def _targets(self, model: nn.Module) -> str | list[str]:
-        if self.target_modules != "ffn":
-            return self.target_modules if isinstance(self.target_modules, str) else list(self.target_modules)
-        names = feed_forward_layers(model)
-        if not names:
-            raise ValueError(
-                f"found no feed-forward layer of nn.Linear in {type(model).__name__} (experts fused into 3-D "
-                "parameters take no LoRA); pass target_modules='all-linear' or names, or method='norms'"
-            )
-        return names
 
     def _note(self, report: FitReport) -> str:
         what = f"{self.method} rank {self.rank}" if self.method in ("lora", "qlora") else self.method

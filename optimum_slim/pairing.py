@@ -1,0 +1,163 @@
+"""A slimmed copy of a model as the draft of that model: what they share, and which layer stands in for which.
+
+    draft = make_draft(model, Depth(drop=10))
+    model.generate(**inputs, custom_generate=SelfSpeculation(draft=draft))
+
+A draft with the model's own width reads and writes the model's KV cache: each of its layers that of the layer it
+stands in for. Its first layers that are the model's own, weight by weight, need not run again when the model verifies.
+Weights that are equal are kept once, those of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .memory import shared_copy
+from .walk import decoder_layers
+
+
+SAME = ("vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """How a draft goes with its model.
+
+    Args:
+        places: for each layer of the draft, the layer of the model it stands in for, ascending.
+        shared: how many of its first layers are the model's own first layers, fewer than the model has.
+        shared_bytes: of weights that both had, and that are now kept once.
+    """
+
+    places: tuple[int, ...]
+    shared: int
+    shared_bytes: int = 0
+
+    def cut(self, exit_layer: int | None) -> Pairing:
+        """The pairing when the draft ends behind so many layers."""
+        if exit_layer is None:
+            return self
+        return replace(self, places=self.places[:exit_layer], shared=min(self.shared, exit_layer))
+
+
+def make_draft(model: PreTrainedModel, steps: Any, data: Any = None, **options: Any) -> PreTrainedModel:
+    """A slimmed copy of `model` to draft for it; `model` stays as it is, and what is not slimmed is shared.
+
+    Args:
+        model: a Transformers decoder model.
+        steps, data, options: as for `slim`.
+    """
+    from .recipe import slim
+
+    draft = shared_copy(model)
+    slim(draft, steps, data=data, **options)
+    return draft.eval()
+
+
+def pair(draft: PreTrainedModel, model: PreTrainedModel, layers: Iterable[int] | None = None) -> Pairing:
+    """Find out how `draft` goes with `model`, and let it use the model's tensors where they are equal.
+
+    Args:
+        layers: which layer of the model each layer of the draft stands in for, ascending; by default those with the
+            same weights, or if there are as many, one for one.
+
+    Raises:
+        ValueError: they differ in what a common cache needs, or which layers are whose cannot be told.
+    """
+    ours, theirs = (m.config.get_text_config(decoder=True) for m in (draft, model))
+    for name in SAME:
+        a, b = getattr(ours, name, None), getattr(theirs, name, None)
+        if a != b:
+            raise ValueError(
+                f"draft and model have {name} {a} and {b}, so they cannot share a cache; pass the draft to generate as "
+                "assistant_model in place of custom_generate"
+            )
+    short, stack = decoder_layers(draft)[1], decoder_layers(model)[1]
+    if layers is None:
+        places = tuple(range(len(stack))) if len(short) == len(stack) else _places(short, stack)
+    else:
+        places = tuple(int(layer) for layer in layers)
+    increasing = all(a < b for a, b in zip(places, places[1:], strict=False))
+    if len(places) != len(short) or not increasing or not all(0 <= place < len(stack) for place in places):
+        raise ValueError(
+            f"draft_layers must name {len(short)} of the model's layers 0 to {len(stack) - 1}, ascending, one for each "
+            f"layer of the draft; found {places}"
+        )
+    shared_bytes = _share(draft, model, short, [stack[place] for place in places])
+    same = [place == i and _is(short[i], stack[place]) for i, place in enumerate(places)]
+    ends = [getattr(m.get_input_embeddings(), "weight", None) for m in (draft, model)]
+    shared = [*same, False].index(False) if ends[0] is ends[1] else 0
+    return Pairing(places, min(shared, len(stack) - 1), shared_bytes)
+
+
+def _places(short: nn.ModuleList, stack: nn.ModuleList) -> tuple[int, ...]:
+    """For each layer of the draft, the layer of the model behind the one before with most equal weights."""
+    places: list[int] = []
+    for index, layer in enumerate(short):
+        counts = {i: _common(layer, stack[i]) for i in range(places[-1] + 1 if places else 0, len(stack))}
+        best = max(counts.values(), default=0)
+        found = [i for i, count in counts.items() if count == best]
+        if not best or len(found) > 1:
+            raise ValueError(
+                f"which of the model's {len(stack)} layers layer {index} of the draft stands in for cannot be told from "
+                "its weights; pass draft_layers, such as (0, 1, 2, 5, 6)"
+            )
+        places.append(found[0])
+    return tuple(places)
+
+
+def _common(one: nn.Module, other: nn.Module) -> int:
+    tensors = dict(other.named_parameters())
+    return sum(name in tensors and _equal(value, tensors[name]) for name, value in one.named_parameters())
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    if one is other:
+        return True
+    if one.shape != other.shape or one.dtype != other.dtype or one.device != other.device:
+        return False
+    few = one.detach().flatten()[:256], other.detach().flatten()[:256]
+    return torch.equal(*few) and torch.equal(one, other)
+
+
+def _share(draft: PreTrainedModel, model: PreTrainedModel, short: nn.ModuleList, stand_for: list[nn.Module]) -> int:
+    """Put the model's parameters in place of equal ones of the draft; returns the bytes of those that were copies."""
+    freed: dict[int, int] = {}
+    known = {id(layer) for layer in [*short, *stand_for]}
+    pairs = list(zip(short, stand_for, strict=True))
+    inside = {id(m) for layer in short for m in layer.modules()}
+    for name, module in draft.named_modules():
+        if id(module) not in inside and id(module) not in known:
+            try:
+                pairs.append((module, model.get_submodule(name)))
+            except AttributeError:
+                continue
+    for ours, theirs in pairs:
+        recurse = id(ours) in known
+        tensors = dict(theirs.named_parameters(recurse=recurse))
+        for name, value in list(ours.named_parameters(recurse=recurse)):
+            other = tensors.get(name)
+            if other is None or value is other or not _equal(value, other):
+                continue
+            owner, _, key = name.rpartition(".")
+            ours.get_submodule(owner)._parameters[key] = other
+            if value.data_ptr() != other.data_ptr():
+                freed[value.data_ptr()] = value.numel() * value.element_size()
+    return sum(freed.values())
+
+
+def _is(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two layers do the same: the same modules around the same tensors."""
+    kinds = [[(name, type(m)) for name, m in layer.named_modules()] for layer in (one, other)]
+    tensors = [dict([*layer.named_parameters(), *layer.named_buffers()]) for layer in (one, other)]
+    return (
+        kinds[0] == kinds[1]
+        and tensors[0].keys() == tensors[1].keys()
+        and all(_equal(value, tensors[1][name]) for name, value in tensors[0].items())
+    )
