@@ -53,7 +53,7 @@ def record(cache: Cache) -> None:
 
 
 def view(cache: Cache, places: Sequence[int], live: Collection[int]) -> Cache:
-    """A cache whose layer j is layer `places[j]` of `cache`, and for places that are not `live` one like it that is."""
+    """A cache whose layer j is layer `places[j]` of `cache`; for a place that is not `live`, one like it that is."""
     shown = copy.copy(cache)
     shown.layers = [cache.layers[_living(cache, place, live)] for place in places]
     return shown

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -75,19 +76,19 @@ def pair(draft: PreTrainedModel, model: PreTrainedModel, layers: Iterable[int] |
         a, b = getattr(ours, name, None), getattr(theirs, name, None)
         if a != b:
             raise ValueError(
-                f"draft and model have {name} {a} and {b}, so they cannot share a cache; pass the draft to generate as "
-                "assistant_model in place of custom_generate"
+                f"draft and model have {name} {a} and {b}, so they cannot share a cache; pass the draft to generate "
+                "as assistant_model, and no custom_generate"
             )
     short, stack = decoder_layers(draft)[1], decoder_layers(model)[1]
     if layers is None:
         places = tuple(range(len(stack))) if len(short) == len(stack) else _places(short, stack)
     else:
         places = tuple(int(layer) for layer in layers)
-    increasing = all(a < b for a, b in zip(places, places[1:], strict=False))
+    increasing = all(a < b for a, b in pairwise(places))
     if len(places) != len(short) or not increasing or not all(0 <= place < len(stack) for place in places):
         raise ValueError(
-            f"draft_layers must name {len(short)} of the model's layers 0 to {len(stack) - 1}, ascending, one for each "
-            f"layer of the draft; found {places}"
+            f"draft_layers must name {len(short)} of the model's layers 0 to {len(stack) - 1}, ascending, one for "
+            f"each layer of the draft; found {places}"
         )
     shared_bytes = _share(draft, model, short, [stack[place] for place in places])
     same = [place == i and _is(short[i], stack[place]) for i, place in enumerate(places)]
@@ -105,8 +106,8 @@ def _places(short: nn.ModuleList, stack: nn.ModuleList) -> tuple[int, ...]:
         found = [i for i, count in counts.items() if count == best]
         if not best or len(found) > 1:
             raise ValueError(
-                f"which of the model's {len(stack)} layers layer {index} of the draft stands in for cannot be told from "
-                "its weights; pass draft_layers, such as (0, 1, 2, 5, 6)"
+                f"which of the model's {len(stack)} layers layer {index} of the draft stands in for cannot be told "
+                "from its weights; pass draft_layers, such as (0, 1, 2, 5, 6)"
             )
         places.append(found[0])
     return tuple(places)

@@ -64,8 +64,8 @@ class Route:
             states = states if self.states is None else self.states
         elif self._handed is not None and states is not self._handed:
             raise ValueError(
-                f"{type(self.model).__name__} changes the hidden states between its decoder layers, so they cannot run "
-                "apart from one another"
+                f"{type(self.model).__name__} changes the hidden states between its decoder layers, so they cannot "
+                "run apart from one another"
             )
         if index in self.layers:
             output = own(states, *args, **kwargs)
