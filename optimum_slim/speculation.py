@@ -9,15 +9,14 @@ rounding decides), sampling the same distribution (Leviathan et al., https://arx
 
 A round, with n tokens so far of which the last has not run through any layer:
 
-    1. draft: the first E layers run on token n, then on each drafted token x1, x2, ... but the last; so do norm and head
+    1. draft: the first E layers run on token n, then on each drafted token but the last; so do norm and head
     2. they run on the last drafted token as well, without norm and head
     3. verify: the other layers run on the kept states of token n and of all drafted ones, in one pass
     4. drafted tokens are accepted up to the first that the model would not have chosen; it chooses that one. Where all
        are accepted it has chosen one more
     5. the cache is taken back to the accepted tokens
 
-With `draft` another model drafts: a slimmed copy of this one, with fewer layers or layers in fewer bits (`pairing.py`).
-Its first layers that are those of the model itself are not run again; behind them it reads and writes the keys and
+With `draft` another model drafts: a slimmed copy of this one, with fewer layers or fewer bits (`pairing.py`). Its first layers that are those of the model itself are not run again; behind them it reads and writes the keys and
 values of the layers it stands in for, which the verification then replaces by those of the model.
 """
 
@@ -133,11 +132,8 @@ class SelfSpeculation:
         exit_layer, draft_tokens, confidence = settings
         drafter, pairing = self._drafter(model, exit_layer)
         decoding = _Decoding(model, drafter, pairing, draft_tokens, confidence)
-        decoding.processors, decoding.criteria, decoding.config = (
-            logits_processor,
-            stopping_criteria,
-            generation_config,
-        )
+        decoding.processors, decoding.criteria = logits_processor, stopping_criteria
+        decoding.config = generation_config
         self.report = decoding.report
         with ExitStack() as routes:
             decoding.route = routes.enter_context(Route(model))
@@ -152,7 +148,7 @@ class SelfSpeculation:
         if self.exit_layer is None and self.draft is None:
             if "exit_layer" not in stored:
                 raise ValueError(
-                    "SelfSpeculation() takes its settings from generation_config.self_speculation, and there are none; "
+                    "SelfSpeculation() takes its settings from generation_config.self_speculation, which is missing; "
                     "pass exit_layer and draft_tokens, or let tune_speculation(model, prompts) find them"
                 )
             if stored["exit_layer"] is None:
@@ -281,12 +277,7 @@ class _Decoding:
             self.draft_route.run(range(len(self.pairing.places)), keep=keep)
             logits = self.forward(self.drafter, current, "draft", done).logits[:, -1].float().to(self.device)
             kept.append(self.draft_route.kept)
-            prefixes = (
-                [torch.cat([row, *(t[i] for t in tokens)]) for i, row in enumerate(self.rows)]
-                if self.processors
-                else self.rows
-            )
-            scores = torch.stack([self.processed(prefix, row) for prefix, row in zip(prefixes, logits, strict=True)])
+            scores = self.processed_batch(tokens, logits)
             if self.config.do_sample:
                 chances.append(scores.softmax(-1))
                 current = torch.multinomial(chances[-1], 1)
@@ -347,6 +338,13 @@ class _Decoding:
     def processed(self, tokens: Tensor, logits: Tensor) -> Tensor:
         """The scores (vocabulary,) of the token behind `tokens`."""
         return self.processors(tokens[None], logits[None].clone())[0] if self.processors else logits
+
+    def processed_batch(self, tokens: list[Tensor], logits: Tensor) -> Tensor:
+        """The scores (batch, vocabulary) of what comes behind each row and the `tokens` drafted for it."""
+        if not self.processors:
+            return logits
+        prefixes = [torch.cat([row, *(drafted[i] for drafted in tokens)]) for i, row in enumerate(self.rows)]
+        return torch.stack([self.processed(prefix, row) for prefix, row in zip(prefixes, logits, strict=True)])
 
     def choose(self, scores: Tensor) -> Tensor:
         return torch.multinomial(scores.softmax(-1), 1)[0] if self.config.do_sample else scores.argmax(-1)
@@ -454,8 +452,8 @@ def _check(
     for processor in processors:
         if type(processor).__name__ in STATEFUL:
             raise ValueError(
-                f"{type(processor).__name__} remembers the tokens it has seen, which drafted ones would spoil; generate "
-                "without custom_generate"
+                f"{type(processor).__name__} remembers the tokens it has seen, which drafted ones would spoil; "
+                "generate without custom_generate"
             )
     if len(input_ids) > 1:
         if any(isinstance(p, logits_process.PrefixConstrainedLogitsProcessor) for p in processors):
