@@ -16,8 +16,9 @@ A round, with n tokens so far of which the last has not run through any layer:
        are accepted it has chosen one more
     5. the cache is taken back to the accepted tokens
 
-With `draft` another model drafts: a slimmed copy of this one, with fewer layers or fewer bits (`pairing.py`). Its first layers that are those of the model itself are not run again; behind them it reads and writes the keys and
-values of the layers it stands in for, which the verification then replaces by those of the model.
+With `draft` another model drafts: a slimmed copy of this one, with fewer layers or fewer bits (`pairing.py`). Its
+first layers that are those of the model itself are not run again; behind them it reads and writes the keys and values
+of the layers it stands in for, which the verification then replaces by those of the model.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
-from transformers.generation import GenerateDecoderOnlyOutput, GenerationMixin, StoppingCriteriaList, logits_process
+from transformers.generation import GenerateDecoderOnlyOutput, GenerationMixin, StoppingCriteriaList
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
 from .kv_cache import check_cache, forget, record, rewind, view
@@ -216,7 +217,7 @@ class _Decoding:
         first = outputs.logits[:, -1:].to(copy=True, dtype=torch.float32, device=self.device)
         del outputs
         for row in range(batch):
-            scores = self.processed(self.rows[row], first[row, 0])
+            scores = self.processed(row, self.rows[row], first[row, 0])
             self.append(row, self.choose(scores), first[row, 0], scores)
         while not self.finished():
             self.round()
@@ -323,7 +324,7 @@ class _Decoding:
     def accept(self, row: int, drafted: Tensor, chances: list[Tensor], logits: Tensor) -> None:
         """Append the accepted tokens of a row and the one that the model chooses behind them."""
         for position in range(len(drafted) + 1):
-            scores = self.processed(self.rows[row], logits[position])
+            scores = self.processed(row, self.rows[row], logits[position])
             if position == len(drafted):
                 token, agreed = self.choose(scores), False
             elif self.config.do_sample:
@@ -335,16 +336,25 @@ class _Decoding:
             if not agreed or self.done(row):
                 return
 
-    def processed(self, tokens: Tensor, logits: Tensor) -> Tensor:
-        """The scores (vocabulary,) of the token behind `tokens`."""
-        return self.processors(tokens[None], logits[None].clone())[0] if self.processors else logits
+    def processed(self, row: int, tokens: Tensor, logits: Tensor) -> Tensor:
+        """The scores (vocabulary,) of what comes behind `tokens` in a row.
 
-    def processed_batch(self, tokens: list[Tensor], logits: Tensor) -> Tensor:
-        """The scores (batch, vocabulary) of what comes behind each row and the `tokens` drafted for it."""
+        Processors may treat rows differently, so they see a whole batch, in which the other rows are cut or filled on
+        the left to the same length.
+        """
         if not self.processors:
             return logits
-        prefixes = [torch.cat([row, *(drafted[i] for drafted in tokens)]) for i, row in enumerate(self.rows)]
-        return torch.stack([self.processed(prefix, row) for prefix, row in zip(prefixes, logits, strict=True)])
+        batch = [tokens if i == row else _fitted(other, len(tokens)) for i, other in enumerate(self.rows)]
+        return self.processors(torch.stack(batch), logits.repeat(len(batch), 1))[row]
+
+    def processed_batch(self, drafted: list[Tensor], logits: Tensor) -> Tensor:
+        """The scores (batch, vocabulary) of what comes behind each row and the tokens drafted for it."""
+        if not self.processors:
+            return logits
+        behind = [torch.cat([tokens, *(step[row] for step in drafted)]) for row, tokens in enumerate(self.rows)]
+        if len(set(map(len, behind))) == 1:
+            return self.processors(torch.stack(behind), logits.clone())
+        return torch.stack([self.processed(row, behind[row], logits[row]) for row in range(len(behind))])
 
     def choose(self, scores: Tensor) -> Tensor:
         return torch.multinomial(scores.softmax(-1), 1)[0] if self.config.do_sample else scores.argmax(-1)
@@ -418,6 +428,11 @@ class _Decoding:
         return tuple(torch.stack([kept[step] if step < len(kept) else nothing for kept in rows]) for step in steps)
 
 
+def _fitted(tokens: Tensor, length: int) -> Tensor:
+    """So many of a row's last tokens, behind copies of its first one if it is shorter."""
+    return torch.cat([tokens[:1].expand(max(0, length - len(tokens))), tokens[-length:]])
+
+
 def _accept(token: Tensor, draft: Tensor, model: Tensor) -> tuple[Tensor, bool]:
     """Keep a token drawn from `draft` (vocabulary,) with min(1, p/q), else draw from what `model` has more of."""
     if torch.rand((), device=token.device) * draft[token] <= model[token]:
@@ -456,8 +471,6 @@ def _check(
                 "generate without custom_generate"
             )
     if len(input_ids) > 1:
-        if any(isinstance(p, logits_process.PrefixConstrainedLogitsProcessor) for p in processors):
-            raise ValueError("prefix_allowed_tokens_fn needs a batch of one: rows are processed one by one")
         if streamer is not None:
             raise ValueError(f"a streamer takes one sequence, found a batch of {len(input_ids)}")
         if getattr(model_kwargs.get("past_key_values"), "_is_user_defined", False):
