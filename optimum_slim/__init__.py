@@ -81,6 +81,7 @@ from .sign import SignLinear  # noqa: E402
 from .sparse import SparseLinear  # noqa: E402
 from .speculation import SelfSpeculation  # noqa: E402
 from .step import LinearStep, Step, StepReport, register  # noqa: E402
+from .tuning import SpeculationTuning, tune_speculation  # noqa: E402
 
 
 __all__ = [
@@ -109,6 +110,7 @@ __all__ = [
     "SlimQuantizer",
     "SparseGPT",
     "SparseLinear",
+    "SpeculationTuning",
     "Step",
     "StepReport",
     "TernaryLinear",
@@ -124,4 +126,5 @@ __all__ = [
     "register",
     "save",
     "slim",
+    "tune_speculation",
 ]

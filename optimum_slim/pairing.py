@@ -23,9 +23,6 @@ from .memory import shared_copy
 from .walk import decoder_layers
 
 
-SAME = ("vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
-
-
 @dataclass(frozen=True)
 class Pairing:
     """How a draft goes with its model.
@@ -57,7 +54,11 @@ def make_draft(model: PreTrainedModel, steps: Any, data: Any = None, **options: 
     from .recipe import slim
 
     draft = shared_copy(model)
+    before = list(decoder_layers(draft)[1])
     slim(draft, steps, data=data, **options)
+    places = [next((i for i, old in enumerate(before) if old is layer), None) for layer in decoder_layers(draft)[1]]
+    if None not in places:
+        draft.stands_for = tuple(places)
     return draft.eval()
 
 
@@ -66,20 +67,20 @@ def pair(draft: PreTrainedModel, model: PreTrainedModel, layers: Iterable[int] |
 
     Args:
         layers: which layer of the model each layer of the draft stands in for, ascending; by default those with the
-            same weights, or if there are as many, one for one.
+            same weights, or if there are as many, one for one (`make_draft` knows).
 
     Raises:
         ValueError: they differ in what a common cache needs, or which layers are whose cannot be told.
     """
-    ours, theirs = (m.config.get_text_config(decoder=True) for m in (draft, model))
-    for name in SAME:
-        a, b = getattr(ours, name, None), getattr(theirs, name, None)
-        if a != b:
+    ours, theirs = _sizes(draft), _sizes(model)
+    for name, size in ours.items():
+        if size != theirs[name]:
             raise ValueError(
-                f"draft and model have {name} {a} and {b}, so they cannot share a cache; pass the draft to generate "
-                "as assistant_model, and no custom_generate"
+                f"draft and model have {name} {size} and {theirs[name]}, so they cannot share a "
+                "cache; pass the draft to generate as assistant_model, and no custom_generate"
             )
     short, stack = decoder_layers(draft)[1], decoder_layers(model)[1]
+    layers = getattr(draft, "stands_for", None) if layers is None else layers
     if layers is None:
         places = tuple(range(len(stack))) if len(short) == len(stack) else _places(short, stack)
     else:
@@ -95,6 +96,15 @@ def pair(draft: PreTrainedModel, model: PreTrainedModel, layers: Iterable[int] |
     ends = [getattr(m.get_input_embeddings(), "weight", None) for m in (draft, model)]
     shared = [*same, False].index(False) if ends[0] is ends[1] else 0
     return Pairing(places, min(shared, len(stack) - 1), shared_bytes)
+
+
+def _sizes(model: PreTrainedModel) -> dict[str, int]:
+    """What two models must have in common to share a cache and its contents."""
+    config = model.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    sizes = {"vocab_size": config.vocab_size, "hidden_size": config.hidden_size}
+    return sizes | {"num_key_value_heads": heads, "head_dim": width}
 
 
 def _places(short: nn.ModuleList, stack: nn.ModuleList) -> tuple[int, ...]:

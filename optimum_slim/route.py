@@ -20,8 +20,8 @@ from .walk import decoder_layers
 class Route:
     """Inside, each forward pass of `model` runs the decoder layers last asked for; at first all.
 
-    `tuples` tells whether the layers return their states in a tuple. It is found when one runs, and must be known
-    before the first pass without any.
+    `tuples` tells whether the layers return their states in a tuple. Unless given, it is found when one runs; where
+    the first pass leaves out a layer, that one runs for it.
     """
 
     def __init__(self, model: nn.Module, tuples: bool | None = None):
@@ -72,6 +72,8 @@ class Route:
             self.tuples, self._handed = isinstance(output, tuple), None
             states = states_of(output)
         else:
+            if self.tuples is None:
+                self.tuples = isinstance(own(states, *args, **kwargs), tuple)
             self._handed = states
             output = (states,) if self.tuples else states
         if index == self.keep:
@@ -82,12 +84,12 @@ class Route:
         return own(states) if self.head else states[..., :1]
 
 
-def exit_logits(model: nn.Module, input_ids: Tensor, states: Tensor, tuples: bool) -> Tensor:
+def exit_logits(model: nn.Module, input_ids: Tensor, states: Tensor, tuples: bool | None = None) -> Tensor:
     """The logits (batch, length, vocabulary) of hidden states (batch, length, hidden) through the model's own end.
 
     Args:
         input_ids: int64 (batch, length), those the states belong to.
-        tuples: whether the model's decoder layers return tuples.
+        tuples: whether the model's decoder layers return tuples, if that is known.
     """
     with Route(model, tuples) as route:
         route.run(range(0), states=states)

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -214,11 +215,11 @@ class _Decoding:
         self.logits: list[list[Tensor]] = [[] for _ in range(batch)]
         self.freezes = any(hasattr(criterion, "eos_token_id") for criterion in self.criteria)
 
-        first = outputs.logits[:, -1:].to(copy=True, dtype=torch.float32, device=self.device)
+        first = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=self.device)
         del outputs
-        for row in range(batch):
-            scores = self.processed(row, self.rows[row], first[row, 0])
-            self.append(row, self.choose(scores), first[row, 0], scores)
+        every = self.processed(range(batch), self.rows, first)
+        for row, scores in enumerate(every):
+            self.append(row, self.choose(scores), first[row], scores)
         while not self.finished():
             self.round()
         if streamer is not None:
@@ -247,10 +248,10 @@ class _Decoding:
 
         count = drafted.shape[1]
         behind = torch.zeros(len(self.rows), dtype=torch.int64)
+        before = list(map(len, self.rows))
+        self.accept(live, drafted, chances, logits)
         for row in live:
-            before = len(self.rows[row])
-            self.accept(row, drafted[row], [chance[row] for chance in chances], logits[row])
-            added = len(self.rows[row]) - before
+            added = len(self.rows[row]) - before[row]
             behind[row] = count + 1 - added
             self.report.tokens += added
             self.report.drafted += count
@@ -278,7 +279,9 @@ class _Decoding:
             self.draft_route.run(range(len(self.pairing.places)), keep=keep)
             logits = self.forward(self.drafter, current, "draft", done).logits[:, -1].float().to(self.device)
             kept.append(self.draft_route.kept)
-            scores = self.processed_batch(tokens, logits)
+            every = range(len(self.rows))
+            behind = [torch.cat([row, *(step[i] for step in tokens)]) for i, row in enumerate(self.rows)]
+            scores = self.processed(every, behind, logits)
             if self.config.do_sample:
                 chances.append(scores.softmax(-1))
                 current = torch.multinomial(chances[-1], 1)
@@ -321,40 +324,39 @@ class _Decoding:
             inputs["position_ids"] = self.positions + steps
         return model(**inputs, return_dict=True)
 
-    def accept(self, row: int, drafted: Tensor, chances: list[Tensor], logits: Tensor) -> None:
-        """Append the accepted tokens of a row and the one that the model chooses behind them."""
-        for position in range(len(drafted) + 1):
-            scores = self.processed(row, self.rows[row], logits[position])
-            if position == len(drafted):
-                token, agreed = self.choose(scores), False
-            elif self.config.do_sample:
-                token, agreed = _accept(drafted[position], chances[position], scores.softmax(-1))
-            else:
-                token = self.choose(scores)
-                agreed = bool(token == drafted[position])
-            self.append(row, token, logits[position], scores)
-            if not agreed or self.done(row):
-                return
+    def accept(self, live: list[int], drafted: Tensor, chances: list[Tensor], logits: Tensor) -> None:
+        """Append to each row the accepted tokens and the one that the model chooses behind them."""
+        for position in range(drafted.shape[1] + 1):
+            every = self.processed(live, [self.rows[row] for row in live], logits[:, position])
+            going_on = []
+            for row, scores in zip(live, every, strict=True):
+                if position == drafted.shape[1]:
+                    token, agreed = self.choose(scores), False
+                elif self.config.do_sample:
+                    token, agreed = _accept(drafted[row, position], chances[position][row], scores.softmax(-1))
+                else:
+                    token = self.choose(scores)
+                    agreed = bool(token == drafted[row, position])
+                self.append(row, token, logits[row, position], scores)
+                if agreed:
+                    going_on.append(row)
+            live = [row for row in going_on if not self.done(row)]
 
-    def processed(self, row: int, tokens: Tensor, logits: Tensor) -> Tensor:
-        """The scores (vocabulary,) of what comes behind `tokens` in a row.
+    def processed(self, rows: Sequence[int], tokens: list[Tensor], logits: Tensor) -> Tensor:
+        """The scores (rows, vocabulary) of what comes behind the tokens of some rows, from logits (batch, vocabulary).
 
-        Processors may treat rows differently, so they see a whole batch, in which the other rows are cut or filled on
-        the left to the same length.
+        Processors may treat rows differently, so they see a whole batch at a time, in which rows of other lengths are
+        cut, or filled on the left.
         """
         if not self.processors:
-            return logits
-        batch = [tokens if i == row else _fitted(other, len(tokens)) for i, other in enumerate(self.rows)]
-        return self.processors(torch.stack(batch), logits.repeat(len(batch), 1))[row]
-
-    def processed_batch(self, drafted: list[Tensor], logits: Tensor) -> Tensor:
-        """The scores (batch, vocabulary) of what comes behind each row and the tokens drafted for it."""
-        if not self.processors:
-            return logits
-        behind = [torch.cat([tokens, *(step[row] for step in drafted)]) for row, tokens in enumerate(self.rows)]
-        if len(set(map(len, behind))) == 1:
-            return self.processors(torch.stack(behind), logits.clone())
-        return torch.stack([self.processed(row, behind[row], logits[row]) for row in range(len(behind))])
+            return logits[rows]
+        scores = torch.empty_like(logits)
+        for length in set(map(len, tokens)):
+            members = {row: found for row, found in zip(rows, tokens, strict=True) if len(found) == length}
+            batch = [members[i] if i in members else _fitted(other, length) for i, other in enumerate(self.rows)]
+            found = self.processors(torch.stack(batch), logits.clone())
+            scores[[*members]] = found[[*members]]
+        return scores[rows]
 
     def choose(self, scores: Tensor) -> Tensor:
         return torch.multinomial(scores.softmax(-1), 1)[0] if self.config.do_sample else scores.argmax(-1)

@@ -21,6 +21,7 @@ from ..layerskip_loss import LayerSkipLoss
 from ..step import StepReport, register
 from ..train import FitReport, fit
 from ..training_step import TrainingStep
+from ..tuning import tune_speculation
 
 
 PRESETS = {
@@ -33,6 +34,7 @@ PRESETS = {
     "topv2": {"p_max": 0.2, "e_scale": 1.0, "curriculum": "gradual"},
 }
 PRESETS["scratch-1.5b"]["learning_rate"] = PRESETS["scratch-7b"]["learning_rate"] = 8e-4
+PROMPTS, PROMPT = 4, 32  # samples whose beginnings the decoder is tuned on, and so many tokens of each
 OF_THE_LOSS = ("p_max", "e_scale", "exit_scales", "curriculum", "rotation", "always_last", "dropout_schedule")
 OF_THE_LOSS += ("exit_target",)
 
@@ -45,6 +47,8 @@ class LayerSkip(TrainingStep):
     Args:
         p_max, e_scale, exit_scales, curriculum, rotation, always_last, dropout_schedule, exit_target: see
             `LayerSkipLoss`.
+        tune (`bool`): afterwards measure which exit layer and draft length decode fastest, on the beginnings of
+            a few samples, and keep them in the generation config (`tune_speculation`).
         others: see `TrainingStep`.
     """
 
@@ -56,6 +60,7 @@ class LayerSkip(TrainingStep):
     always_last: bool = True
     dropout_schedule: str = "constant"
     exit_target: str = "tokens"
+    tune: bool = True
     method: str = "full"
     learning_rate: float = 1e-4
 
@@ -95,4 +100,7 @@ class LayerSkip(TrainingStep):
         notes = [f"early exits trained ({self.method}): {report.outcome()}"]
         if sparse:
             notes.append(f"{len(sparse)} sparse layers kept their mask: no dropped weight came back")
+        if self.tune and model.can_generate():
+            last = tokens[-PROMPTS:, : max(1, min(PROMPT, tokens.shape[1] // 2))]
+            notes.append(tune_speculation(model, last).outcome())
         return StepReport(self.to_dict(), time.perf_counter() - start, rows, notes, {"training": report.history})
