@@ -55,6 +55,7 @@ from .evaluate import evaluate, perplexity  # noqa: E402
 from .gguf_export import GgufFile, export_gguf  # noqa: E402
 from .gguf_loading import load_gguf  # noqa: E402
 from .layerskip_loss import LayerSkipLoss  # noqa: E402
+from .lens import Lens, lens  # noqa: E402
 from .methods import (  # noqa: E402
     ARBLLM,
     PT2LLM,
@@ -98,6 +99,7 @@ __all__ = [
     "Heal",
     "LayerSkip",
     "LayerSkipLoss",
+    "Lens",
     "LinearStep",
     "Magnitude",
     "Minitron",
@@ -117,6 +119,7 @@ __all__ = [
     "Wanda",
     "evaluate",
     "export_gguf",
+    "lens",
     "load_gguf",
     "make_draft",
     "merge_and_repack",

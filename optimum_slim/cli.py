@@ -84,6 +84,9 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         metavar="k=v",
         help="rank the shapes near a size, by fields of the step `minitron` such as ratio=0.75 search_steps=300",
     )
+    inspect.add_argument(
+        "--lens", action="store_true", help="also what each layer predicts: how early the final token is there"
+    )
     _add_windows(inspect)
     inspect.add_argument("--overwrite", action="store_true", help="replace FOLDER if it exists")
 

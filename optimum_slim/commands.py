@@ -90,6 +90,7 @@ def inspect_command(args: argparse.Namespace) -> None:
         widths=args.widths,
         layer_losses=(1,) if args.layer_losses == [] else args.layer_losses or (),
         shapes=shapes,
+        lens=args.lens,
         journal=journal,
         tokens_from=source,
         text_from=Path(args.text).name if args.text else "",

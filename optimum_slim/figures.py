@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from .importance import Importance
     from .inspection import Inspection
+    from .lens import Lens
 
 Rows = Sequence[Sequence[float]]
 
@@ -180,6 +181,29 @@ def _draw_losses(axes, increase: Tensor) -> None:
     axes.grid(alpha=0.3)
     axes.legend(title="left out", fontsize=8)
     _integers(axes.xaxis)
+
+
+def draw_lens(found: Lens, title: str, file: str | Path) -> None:
+    """By layer, the share of positions that predict the final token, now or for good, and where they do it first."""
+    layers = range(1, len(found.first) + 1)
+    figure = _figure(10.0, 4.2)
+    shares, firsts = figure.subplots(1, 2)
+    shares.plot(layers, found.agreement, "o-", markersize=4, color=COLOURS[0], label="it is the final token")
+    shares.plot(layers, found.settled, "s-", markersize=4, color=COLOURS[1], label="it stays the final token")
+    shares.set_ylim(0, 1.03)
+    shares.legend(title="prediction of the layer", fontsize=8)
+    firsts.bar(layers, found.first, color=COLOURS[0], label="it is the final token for the first time")
+    means = ((found.first_layer, "mean", "--"), (found.settled_layer, "mean layer from which it stays", ":"))
+    for mean, label, style in means:
+        firsts.axvline(mean, color=COLOURS[2], linestyle=style, label=f"{label} ({mean:.1f})")
+    firsts.legend(title="prediction of the layer", fontsize=8)
+    for axes in (shares, firsts):
+        axes.set_xlabel("behind so many layers")
+        axes.set_ylabel("share of the positions")
+        axes.grid(alpha=0.3)
+        _integers(axes.xaxis)
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(file)
 
 
 def draw_shapes(rows: Sequence[dict[str, Any]], title: str, file: str | Path) -> None:

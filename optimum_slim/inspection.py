@@ -9,7 +9,7 @@ Two pictures of "The Unreasonable Ineffectiveness of the Deeper Layers" (arXiv 2
 With `widths=True` also how much neurons, heads, channels and layers matter (`importance.py`), and with `layer_losses`
 what the loss becomes without blocks of layers (`layer_loss.py`), as a picture and as a file that
 `Minitron(scores=...)` takes. With `shapes=Minitron(ratio=...)`, the shapes of that size and how they do
-(`shape_search.py`).
+(`shape_search.py`). With `lens=True`, what each layer would predict by itself (`lens.py`).
 
     inspection = inspect(model, tokens, text_ids=tokenize("wiki.test.raw", tokenizer))
     inspection.save("pictures")
@@ -32,9 +32,11 @@ from torch import Tensor, nn
 from .block import evaluating
 from .distance import angular_distances, distance_rows, last_token_states
 from .evaluate import perplexity
-from .figures import check_matplotlib, draw_distances, draw_importance, draw_perplexity, draw_shapes
+from .figures import check_matplotlib, draw_distances, draw_importance, draw_lens, draw_perplexity, draw_shapes
 from .importance import Importance, importance
 from .layer_loss import loss_increase
+from .lens import Lens
+from .lens import lens as predictions
 from .memory import shared_copy
 from .methods.depth import Depth, greedy_order
 from .methods.minitron import Minitron
@@ -61,6 +63,7 @@ class Inspection:
         importance: scores of widths and layers, if they were asked for.
         shapes: rows of `Minitron.ranking`, best first, if they were asked for.
         search: the step that ranked them, as recorded.
+        lens: what each layer predicts, if it was asked for.
     """
 
     model: str
@@ -75,6 +78,7 @@ class Inspection:
     importance: Importance | None = None
     shapes: tuple[dict[str, Any], ...] = ()
     search: dict[str, Any] | None = None
+    lens: Lens | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the importance scores as JSON types."""
@@ -92,6 +96,9 @@ class Inspection:
         if self.importance is not None:
             lines += ["", "![](importance.png)", "", "Scores: `importance.safetensors`, for `Minitron(scores=...)`."]
         lines += self._shape_lines() if self.shapes else []
+        if self.lens is not None:
+            lines += ["", f"On {self.tokens}, {self.lens.summary()}.", "", "![](lens.png)", ""]
+            lines += self.lens.to_markdown().splitlines()
         if self.dense_perplexity is None:
             return "\n".join(lines) + "\n"
         lines += ["", f"Perplexity on {self.text}; layers chosen by `{self.metric}`.", "", "![](perplexity.png)", ""]
@@ -130,7 +137,8 @@ class Inspection:
         """Write the pictures, `inspection.json` and `inspection.md` to a folder, all or nothing.
 
         `angular_distance.png` is always drawn, `perplexity.png` if there was a text; `importance.png` and
-        `importance.safetensors` if widths were asked for, `shapes.png` if shapes were.
+        `importance.safetensors` if widths were asked for, `shapes.png` if shapes were, `lens.png` and `lens.csv` if
+        the lens was.
 
         Raises:
             FileExistsError: the folder has something in it and `overwrite` is not set.
@@ -153,6 +161,10 @@ class Inspection:
                 self.importance.save(partial / "importance.safetensors")
             if self.shapes:
                 draw_shapes(self.shapes, f"{self.model}: shapes of about the same size", partial / "shapes.png")
+            if self.lens is not None:
+                title = f"{self.model}: what each layer predicts\n{self.tokens}"
+                draw_lens(self.lens, title, partial / "lens.png")
+                (partial / "lens.csv").write_text(self.lens.to_csv(), encoding="utf-8")
             data = json.dumps(self.to_dict(), indent=2) + "\n"
             (partial / "inspection.json").write_text(data, encoding="utf-8")
             (partial / "inspection.md").write_text(self.to_markdown(), encoding="utf-8")
@@ -176,6 +188,7 @@ def inspect(
     widths: bool = False,
     layer_losses: Sequence[int] = (),
     shapes: Minitron | None = None,
+    lens: bool = False,
     journal: str | Path | None = None,
     tokens_from: str = "",
     text_from: str = "",
@@ -193,6 +206,7 @@ def inspect(
         widths: also score neurons, heads, channels and layers, on `tokens`.
         layer_losses: with `widths`, numbers of neighbouring layers that are left out to see how the loss grows.
         shapes: a `Minitron` step, with `params` or `ratio`, to rank the shapes it finds, on `tokens`.
+        lens: also let each layer predict by itself, on `tokens`.
         journal: folder for what a killed ranking goes on from; the caller removes it.
         tokens_from, text_from: where tokens and text come from, for titles.
 
@@ -212,6 +226,8 @@ def inspect(
         shapes.shapes(model)  # what cannot be is refused before anything is measured
     found: dict[str, Any] = {}
     with evaluating(model):
+        if lens:
+            found["lens"] = predictions(model, tokens)
         distances, best = distance_rows(angular_distances(last_token_states(model, tokens)).tolist())
         if text_ids is not None:
             limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or window

@@ -24,6 +24,7 @@ from optimum_slim import BitNet, BitNetTraining, Calibration, Heal, Minitron, On
 from optimum_slim.distance import block_influence, last_token_states
 from optimum_slim.hidden_states import projected
 from optimum_slim.importance import importance
+from optimum_slim.lens import lens
 from optimum_slim.losses import TEACHER
 from optimum_slim.student import own_tensors
 from optimum_slim.teacher_correction import RATE, CorrectedDistillation, trained_along
@@ -174,6 +175,11 @@ def measured():
     }
     found["last states"] = last_token_states(model, TOKENS[:5], batch_size=2)
     found["block influence"] = block_influence(model, TOKENS[:5], batch_size=2)
+    found |= {
+        f"{name} of {count}": torch.tensor(getattr(lens(model, TOKENS[:count], batch_size=2), name))
+        for count in (5, 1)
+        for name in ("agreement", "settled", "first", "loss", "top_probability")
+    }
     return found
 
 

@@ -1,5 +1,6 @@
 """The shell: what it prints, what it writes, what it refuses, and what it does not import."""
 
+import csv
 import importlib.metadata
 import json
 import subprocess
@@ -237,9 +238,13 @@ def test_inspect_draws_and_saves(with_words, tmp_path, capsys):
     assert (row["dropped"], row["layers"], row["perplexity_healed"]) == (1, [0], None)
     assert main(["inspect", str(model), "--out", str(out), *CALIBRATION]) == 2
     assert "exists and is not empty" in capsys.readouterr().err
-    assert main(["inspect", str(model), "--out", str(out), *CALIBRATION, "--overwrite", "--widths"]) == 0
+    assert main(["inspect", str(model), "--out", str(out), *CALIBRATION, "--overwrite", "--widths", "--lens"]) == 0
     assert (out / "importance.safetensors").is_file() and (out / "importance.png").is_file()
-    assert "only the heat map was made" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "only the heat map was made" in printed and (out / "lens.png").is_file()
+    assert "the final token is first predicted by layer" in printed and "| layers | agreement |" in printed
+    rows = list(csv.DictReader((out / "lens.csv").open()))
+    assert [row["layer"] for row in rows] == ["1", "2"] and rows[1]["settled"] == "1.0"
     assert not (out / "perplexity.png").exists()
 
 

@@ -9,7 +9,7 @@ import torch
 from helpers import tiny_llama, token_ids
 from moe_models import sparse
 
-from optimum_slim import Minitron, perplexity, slim
+from optimum_slim import Minitron, lens, perplexity, slim
 from optimum_slim.figures import draw_importance, draw_shapes, shape_text
 from optimum_slim.importance import Importance, importance
 from optimum_slim.inspection import Inspection, inspect
@@ -175,6 +175,7 @@ WRONG = {
     "layer losses": ({"layer_losses": (1, 6), "widths": True}, r"cannot drop \[6\] of the 6 layers"),
     "layer losses without widths": ({"layer_losses": (1,)}, "pass widths=True"),
     "shapes": ({"shapes": Minitron(params=100)}, "no shape of this model"),
+    "lens": ({"lens": True, "tokens": token_ids(4, 129)}, "longer than the 128 positions"),
     "metric": ({"metric": "angle", "text_ids": TEXT, "drops": (1,)}, "metric"),
 }
 
@@ -185,7 +186,7 @@ def test_wrong_use_is_said_and_changes_nothing(name):
     model = planted()
     before = snapshot(model)
     with pytest.raises(ValueError, match=message):
-        inspect(model, token_ids(4, 12), **options)
+        inspect(model, **{"tokens": token_ids(4, 12), **options})
     assert_unchanged(model, before)
 
 
@@ -265,6 +266,25 @@ def test_importance_is_measured_drawn_and_saved_where_asked_for(tmp_path):
     again = Importance.load(out / "importance.safetensors")
     assert torch.equal(again.neurons, inspection.importance.neurons)
     assert inspect(planted(), token_ids(4, 12)).importance is None
+
+
+def test_the_lens_is_drawn_and_written_where_asked_for(tmp_path):
+    pytest.importorskip("matplotlib")
+    from matplotlib.image import imread
+
+    model, tokens = planted(), token_ids(4, 12)
+    before = snapshot(model)
+    inspection = inspect(model, tokens, lens=True)
+    assert_unchanged(model, before)
+    assert inspection.lens == lens(model, tokens)
+    out = inspection.save(tmp_path / "pictures")
+    picture = imread(out / "lens.png")
+    assert min(picture.shape[:2]) > 500 and picture[..., :3].std() > 0.05
+    assert (out / "lens.csv").read_text() == inspection.lens.to_csv()
+    text = (out / "inspection.md").read_text()
+    assert inspection.lens.to_markdown() in text and f"On 4 samples of 12 tokens, {inspection.lens.summary()}." in text
+    assert json.loads((out / "inspection.json").read_text())["lens"]["loss"] == list(inspection.lens.loss)
+    assert inspect(model, tokens).lens is None
 
 
 def test_experts_are_drawn_beside_the_rest(tmp_path):
