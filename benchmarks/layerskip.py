@@ -1,6 +1,6 @@
 """LayerSkip: SmolLM2-135M trained for early exits on its own samples, and self-speculative decoding timed.
 
-    python benchmarks/layerskip.py [--parts train quality speed large] [--steps 240] [--work DIR] [--model DIR]
+    python benchmarks/layerskip.py [--parts train quality speed large] [--steps 130] [--work DIR] [--model DIR]
 
     train     `LayerSkip` in full weights on samples of the model itself; the trained model stays in --work
     quality   WikiText-2 test perplexity (--text; the first --windows windows of 1024 tokens, bf16) through the exits
@@ -94,14 +94,15 @@ class Bench:
             steps=self.options.steps,
             batch_size=2,
             exit_scales="uniform",
-            e_scale=1.0,
-            rotation=8,
+            e_scale=0.5,
+            curriculum="none",
+            exit_layers=(self.options.trained_exit,),
+            exit_target="teacher",
             p_max=0.1,
-            exit_target="last_layer",
-            learning_rate=5e-4,
-            warmup_steps=20,
+            learning_rate=3e-4,
+            warmup_steps=15,
             held_out=0.01,
-            evaluate_every=max(1, self.options.steps // 2),
+            evaluate_every=max(1, self.options.steps // 3),
             tune=False,
         )
         report = slim(model, step, data=tokens)
@@ -253,7 +254,8 @@ def main() -> None:
     parser.add_argument("--text", type=Path, default=TEXT)
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--samples", type=int, default=320)
-    parser.add_argument("--steps", type=int, default=240)
+    parser.add_argument("--steps", type=int, default=130)
+    parser.add_argument("--trained-exit", type=int, default=8, help="layer whose exit is trained beside the last one")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--exit", type=int, default=4, help="layers of the 1.1B model that do something")
     parser.add_argument("--draft-tokens", type=int, default=7, help="drafted with the 1.1B model")

@@ -94,7 +94,8 @@ def check_order(steps: tuple[Step, ...], then: BitsAndBytesConfig | None) -> Non
             sparse = step
         if isinstance(step, LinearStep) and step.packed and (packed is None or packed.takes_adapters):
             packed = step
-        if step.needs_teacher and number == 0 and not isinstance(step, LinearStep):
+        learns = isinstance(step, LinearStep) or step.learns_from_itself
+        if step.needs_teacher and number == 0 and not learns:
             raise ValueError(
                 f"{step.name} as the first step would teach the model what it does already; put the step that changes "
                 "the model before it, or train on text with Heal(loss='next_token')"

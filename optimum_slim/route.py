@@ -7,7 +7,9 @@ hidden states of its own, and keep those behind a layer.
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -91,6 +93,20 @@ def exit_logits(model: nn.Module, input_ids: Tensor, states: Tensor, tuples: boo
         input_ids: int64 (batch, length), those the states belong to.
         tuples: whether the model's decoder layers return tuples, if that is known.
     """
-    with Route(model, tuples) as route:
+    with Route(model, tuples) as route, _unhooked([model.get_decoder(), *route.stack]):
         route.run(range(0), states=states)
         return model(input_ids=input_ids, use_cache=False).logits
+
+
+@contextmanager
+def _unhooked(modules: list[nn.Module]) -> Iterator[None]:
+    """Call modules without what is hooked to them, FSDP2's gathering of layers that do not run above all."""
+    kinds = ("_forward_pre_hooks", "_forward_hooks")
+    kept = [(module, kind, getattr(module, kind)) for module in modules for kind in kinds]
+    try:
+        for module, kind, _ in kept:
+            setattr(module, kind, OrderedDict())
+        yield
+    finally:
+        for module, kind, hooks in kept:
+            setattr(module, kind, hooks)

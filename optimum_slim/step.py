@@ -89,7 +89,8 @@ class Step(ABC):
     What a step needs may depend on its fields, so these may be properties: `needs_data` (calibration tokens),
     `needs_teacher` (the model as it was before the recipe). `before_packing` is set by steps that need ordinary
     weights, `takes_adapters` by packing steps whose layers can be trained with adapters and merged all the same,
-    `trains` by steps that train what they find.
+    `trains` by steps that train what they find, `learns_from_itself` by those that have something to learn from the
+    model even where no step has changed it before.
     """
 
     name: ClassVar[str]
@@ -99,6 +100,7 @@ class Step(ABC):
     takes_adapters: ClassVar[bool] = False
     before_packing: ClassVar[bool] = False
     trains: ClassVar[bool] = False
+    learns_from_itself: ClassVar[bool] = False
 
     @abstractmethod
     def apply(self, model: nn.Module, tokens: Tensor | None = None, *, teacher=None, journal=None) -> StepReport:

@@ -181,7 +181,7 @@ def _describe(loss: Loss) -> str:
     """A loss by name, with its settings if it is a dataclass."""
     if not dataclasses.is_dataclass(loss):
         return getattr(loss, "__qualname__", type(loss).__qualname__)
-    fields = {f.name: getattr(loss, f.name) for f in dataclasses.fields(loss)}
+    fields = {f.name: getattr(loss, f.name) for f in dataclasses.fields(loss) if f.repr}
     words = [f"{name}={value}" for name, value in fields.items() if not isinstance(value, nn.Module)]
     return f"{type(loss).__qualname__}({', '.join(words)})"
 

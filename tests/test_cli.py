@@ -173,6 +173,7 @@ def test_list_names_steps_fields_and_papers(capsys):
         "bitnet_training": "needed",
         "depth": "depends on the fields",
         "heal": "needed",
+        "layerskip": "needed",
         "magnitude": "depends on the fields",
         "minitron": "depends on the fields",
         "onebit": "depends on the fields",

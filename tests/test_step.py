@@ -58,7 +58,7 @@ def test_a_name_is_registered_once(registry):
 def test_unknown_step_names_the_nearest_and_all():
     with pytest.raises(
         ValueError,
-        match=r"Did you mean 'bitnet'\?.*arbllm, billm, bitnet, bitnet_training, depth, heal, magnitude, minitron, ",
+        match=r"Did you mean 'bitnet'\?.*arbllm, billm, bitnet, bitnet_training, depth, heal, layerskip, magnitude, ",
     ):
         get_step("bitnte")
 

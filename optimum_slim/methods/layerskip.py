@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ PRESETS = {
 PRESETS["scratch-1.5b"]["learning_rate"] = PRESETS["scratch-7b"]["learning_rate"] = 8e-4
 PROMPTS, PROMPT = 4, 32  # samples whose beginnings the decoder is tuned on, and so many tokens of each
 OF_THE_LOSS = ("p_max", "e_scale", "exit_scales", "curriculum", "rotation", "always_last", "dropout_schedule")
-OF_THE_LOSS += ("exit_target",)
+OF_THE_LOSS += ("exit_layers", "exit_target")
 
 
 @register("layerskip", paper="LayerSkip: Enabling Early Exit Inference and Self-Speculative Decoding (2404.16710)")
@@ -45,7 +46,7 @@ class LayerSkip(TrainingStep):
     """Train with layer dropout and early-exit losses.
 
     Args:
-        p_max, e_scale, exit_scales, curriculum, rotation, always_last, dropout_schedule, exit_target: see
+        p_max, e_scale, exit_scales, curriculum, rotation, always_last, dropout_schedule, exit_layers, exit_target: see
             `LayerSkipLoss`.
         tune (`bool`): afterwards measure which exit layer and draft length decode fastest, on the beginnings of
             a few samples, and keep them in the generation config (`tune_speculation`).
@@ -59,14 +60,23 @@ class LayerSkip(TrainingStep):
     rotation: int = 8
     always_last: bool = True
     dropout_schedule: str = "constant"
+    exit_layers: tuple[int, ...] | None = None
     exit_target: str = "tokens"
     tune: bool = True
     method: str = "full"
     learning_rate: float = 1e-4
 
+    learns_from_itself: ClassVar[bool] = True
+
     def __post_init__(self):
         super().__post_init__()
-        self._loss()
+        if self.exit_layers is not None:
+            object.__setattr__(self, "exit_layers", tuple(self.exit_layers))
+        self._loss(nn.Identity() if self.needs_teacher else None)
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.exit_target == "teacher"
 
     @classmethod
     def preset(cls, name: str, **changes) -> LayerSkip:
@@ -79,15 +89,15 @@ class LayerSkip(TrainingStep):
             raise ValueError(f"unknown preset {name!r}; the paper's runs are {', '.join(PRESETS)}")
         return cls(**(PRESETS[name] | changes))
 
-    def _loss(self) -> LayerSkipLoss:
+    def _loss(self, teacher: nn.Module | None) -> LayerSkipLoss:
         settings = {name: getattr(self, name) for name in OF_THE_LOSS}
         checkpointing = {"activation_checkpointing": self.activation_checkpointing}
-        return LayerSkipLoss(**settings, **checkpointing, steps=self.steps, seed=self.seed)
+        return LayerSkipLoss(**settings, **checkpointing, teacher=teacher, steps=self.steps, seed=self.seed)
 
     def apply(self, model: nn.Module, tokens: Tensor | None = None, *, teacher=None, journal=None) -> StepReport:
         start = time.perf_counter()
         sparse = self.check_model(model)
-        loss = self._loss()
+        loss = self._loss(teacher if self.needs_teacher else None)
 
         def train(dtype: torch.dtype) -> FitReport:
             settings = self.fit_settings(dtype, model.device) | {"journal": journal, "before_step": loss.before_step}
