@@ -98,6 +98,7 @@ __all__ = [
     "GgufFile",
     "Heal",
     "LayerSkip",
+    "LayerSkipCallback",
     "LayerSkipLoss",
     "Lens",
     "LinearStep",
@@ -131,3 +132,11 @@ __all__ = [
     "slim",
     "tune_speculation",
 ]
+
+
+def __getattr__(name: str):
+    if name == "LayerSkipCallback":  # on first use, because Transformers' Trainer brings PEFT and bitsandbytes along
+        from .layerskip_callback import LayerSkipCallback
+
+        return LayerSkipCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -127,9 +127,15 @@ def tune_speculation(
     chosen |= {"confidence": best["confidence"] if wins else 0.0}
     tuning = SpeculationTuning(**chosen, acceptance=acceptance, speedup=speedup, plain=speed, candidates=rows)
     if store and draft is None:
-        setattr(model.generation_config, SETTINGS, tuning.settings())
-        model.generation_config._from_model_config = False  # one that is does not keep such settings on reload
+        keep_tuning(model, tuning)
     print(tuning.outcome())
+    return tuning
+
+
+def keep_tuning(model: PreTrainedModel, tuning: SpeculationTuning) -> SpeculationTuning:
+    """Let the model's generation config keep what was found, also when saved and loaded; returns `tuning`."""
+    setattr(model.generation_config, SETTINGS, tuning.settings())
+    model.generation_config._from_model_config = False  # one that is does not keep such settings on reload
     return tuning
 
 

@@ -20,7 +20,7 @@ from helpers import tiny_llama, token_ids
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from optimum_slim import BitNet, BitNetTraining, Calibration, Heal, Minitron, OneBit, save, slim
+from optimum_slim import BitNet, BitNetTraining, Calibration, Heal, LayerSkipLoss, Minitron, OneBit, save, slim
 from optimum_slim.distance import block_influence, last_token_states
 from optimum_slim.hidden_states import projected
 from optimum_slim.importance import importance
@@ -119,6 +119,20 @@ def corrected_alongside():
         return trained(student, CorrectedDistillation(teacher), rates={TEACHER: RATE})
 
 
+def exits():
+    """The last layer, skipped by every sample, is in the loss of no process; the exit before it is trained."""
+    loss = LayerSkipLoss(p_max=1.0, e_scale=1.0, curriculum="none")
+    return trained(loss=loss, micro_batch_size=1)
+
+
+def exits_taught():
+    """Exits learn from the last layer, one at a time; their logits are computed twice."""
+    loss = LayerSkipLoss(
+        p_max=0.0, exit_scales="uniform", rotation=2, exit_target="last_layer", activation_checkpointing=True
+    )
+    return trained(tiny_llama(num_hidden_layers=3), loss, before_step=loss.before_step, activation_checkpointing=True)
+
+
 def lora():
     """Adapters in fp32 on a frozen base in bf16, half of it packed."""
     import peft
@@ -184,12 +198,23 @@ def measured():
 
 
 TRAINED = [next_token, one_held_out, tied, distilled, narrow, corrected_alongside, in_bf16, recipe, bitnet, onebit]
+TRAINED += [exits, exits_taught]
 TRAINED += [lora] if importlib.util.find_spec("peft") else []
 CASES = {f.__name__: f for f in [*TRAINED, measured]}
 CASES |= {f"{f.__name__}_sharded": partial(under_fsdp, f) for f in TRAINED}
 
 
-# --- what only several processes do, with a folder of theirs
+# --- what only several processes do, some with a folder of theirs
+
+
+def skipping():
+    """One sample at a time, so that either process skips whole layers that the other one enters."""
+    loss = LayerSkipLoss(p_max=1.0, e_scale=1.0, rotation=2)
+    model = tiny_llama(num_hidden_layers=4)
+    return trained(model, loss, micro_batch_size=1, before_step=loss.before_step)
+
+
+CASES |= {"skipping": skipping, "skipping_sharded": partial(under_fsdp, skipping)}
 
 
 FOLDER: Path | None = None

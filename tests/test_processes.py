@@ -56,6 +56,16 @@ def test_two_processes_train_the_same_model_as_one(name, kind, results, one):
     assert held_out[0] is None or min(held_out) < held_out[0]
 
 
+def test_layers_that_one_process_skips_whole_hold_up_no_process(results):
+    for found in results:
+        plain, sharded = found["skipping"], found["skipping_sharded"]
+        assert same(plain["values"], results[0]["skipping"]["values"])
+        for key, value in plain["values"].items():
+            torch.testing.assert_close(sharded["values"][key], value, rtol=1e-4, atol=1e-5)
+        held_out = [row["held_out"] for row in plain["history"]]
+        assert held_out[-1] < held_out[0]
+
+
 def test_parameters_gradients_and_moments_are_cut_in_halves(results):
     first, second = (found["shards"] for found in results)
     assert first["uncut"] == second["uncut"] == 0

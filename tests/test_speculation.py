@@ -5,13 +5,16 @@ import pytest
 import torch
 from helpers import tiny_llama, token_ids
 from transformers import AutoModelForCausalLM, StaticCache, StoppingCriteria, TextIteratorStreamer
+from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.generation.streamers import BaseStreamer
 from walk_models import MODELS, assert_untouched, tiny_model
 
 from optimum_slim import PT2LLM, Depth, SelfSpeculation, SparseGPT, slim
 
 
-EVERY = [*MODELS]
+# Older versions of Transformers cannot take back tokens from a sliding window, which is refused.
+WINDOWS = hasattr(DynamicSlidingWindowLayer, "activate_past_recording")
+EVERY = [name for name in MODELS if WINDOWS or "sliding_window" not in MODELS[name]]
 
 
 def model_of(name, layers=3, **changes):

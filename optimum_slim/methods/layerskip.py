@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from ..layerskip_loss import LayerSkipLoss
+from ..processes import from_main, place
 from ..step import StepReport, register
 from ..train import FitReport, fit
 from ..training_step import TrainingStep
-from ..tuning import tune_speculation
+from ..tuning import keep_tuning, tune_speculation
 
 
 PRESETS = {
@@ -112,5 +113,7 @@ class LayerSkip(TrainingStep):
             notes.append(f"{len(sparse)} sparse layers kept their mask: no dropped weight came back")
         if self.tune and model.can_generate():
             last = tokens[-PROMPTS:, : max(1, min(PROMPT, tokens.shape[1] // 2))]
-            notes.append(tune_speculation(model, last).outcome())
+            # Timings differ between processes, and all are to keep the same settings.
+            found = tune_speculation(model, last) if place()[0] == 0 else None
+            notes.append(keep_tuning(model, from_main(found)).outcome())
         return StepReport(self.to_dict(), time.perf_counter() - start, rows, notes, {"training": report.history})
