@@ -7,8 +7,8 @@
               behind some layers, before and after
     speed     tokens per second of the trained model, greedy, bf16, batch 1, medians over prompts of runs in turns:
               plain `generate`; `assistant_early_exit` of Transformers and the `early_exit` of `economize` (if it is
-              installed) at the exit layers around ours, the best of which counts; `SelfSpeculation` as tuned; and the
-              same of the model before its training
+              installed) at the exit layers around ours, the best of which counts; and `SelfSpeculation` with the best
+              settings of `tune_speculation`, whose decision is reported for the model before its training, too
     large     mechanics: a 1.1B model of TinyLlama's shape with random weights whose layers from --exit on are nearly
               identities, so that drafts are accepted: plain, `assistant_early_exit`, `economize`, `SelfSpeculation`
 
@@ -46,10 +46,8 @@ PROMPTS = (
     "Once upon a time, in a village by the sea, there lived",
     "def fibonacci(n):\n",
     "To cook rice, first",
-    "The capital of France is",
-    "Photosynthesis is the process by which",
 )
-NEW = 96
+NEW = 64
 SHAPE = {
     "num_hidden_layers": 22,
     "hidden_size": 2048,
@@ -144,15 +142,15 @@ class Bench:
         tokenizer = AutoTokenizer.from_pretrained(self.folder)
         prompts = [tokenizer(prompt, return_tensors="pt").input_ids for prompt in PROMPTS]
         lines = []
-        for name, folder in (("trained", self.trained), ("before its training", self.folder)):
+        for name, folder in (("before", self.folder), ("trained", self.trained)):
             model = self.load(folder)
             model.generation_config.eos_token_id = None
-            tuning = tune_speculation(model, [ids[0] for ids in prompts[:4]], max_new_tokens=NEW)
-            best = tuning.candidates[0]
-            settings = {key: best[key] for key in ("exit_layer", "draft_tokens", "confidence")}
-            exits = sorted({max(1, best["exit_layer"] + change) for change in (-2, 0, 2)})
+            tuning = tune_speculation(model, [ids[0] for ids in prompts], max_new_tokens=NEW)
             lines += [f"{name}: {tuning.outcome()}.", ""]
-            lines += self.race(model, prompts, NEW, settings, exits, self.options.repeats)
+        best = tuning.candidates[0]
+        settings = {key: best[key] for key in ("exit_layer", "draft_tokens", "confidence")}
+        exits = sorted({max(1, best["exit_layer"] + change) for change in (-2, 0, 2)})
+        lines += self.race(model, prompts, NEW, settings, exits, self.options.repeats)
         self.write("speed", [f"{len(PROMPTS)} prompts, {NEW} new tokens, greedy, bf16.", "", *lines])
 
     def large(self) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from .block import evaluating
 from .hidden_states import outputs
@@ -34,7 +34,7 @@ from .walk import decoder_layers
 
 DRAFT_TOKENS = (1, 2, 3, 4, 6, 8, 12)
 CONFIDENCES = (0.0, 0.2, 0.4, 0.6, 0.8)
-ROUNDS = 6  # of a timed run, about
+ROUNDS = 6  # of a timed run
 REPEATS = 3
 
 
@@ -190,10 +190,12 @@ def _token_ids(prompts: Any, tokenizer: PreTrainedTokenizerBase | None) -> list[
     return found
 
 
-def _generate(model: PreTrainedModel, prompt: Tensor, new: int, speculation: SelfSpeculation | None = None) -> Tensor:
+def _generate(
+    model: PreTrainedModel, prompt: Tensor, new: int, speculation: SelfSpeculation | None = None, **settings: Any
+) -> Tensor:
     """The greedy continuation of a prompt with the prompt, int64 (length,), on the CPU."""
     ids = prompt[None].to(model.device)
-    settings = {"max_new_tokens": new, "do_sample": False, "num_beams": 1, "custom_generate": speculation}
+    settings |= {"max_new_tokens": new, "do_sample": False, "num_beams": 1, "custom_generate": speculation}
     return model.generate(ids, attention_mask=torch.ones_like(ids), **settings)[0].cpu()
 
 
@@ -276,7 +278,7 @@ def _times(
 
     Each is the median of the differences between a longer and a shorter run, which leaves out the prompt, in turns.
     """
-    low, high = exit_layers[0], exit_layers[-1]
+    low, high = exit_layers[0], exit_layers[len(exit_layers) // 2]
     runs = {(d, e): SelfSpeculation(exit_layer=e, draft_tokens=d) for d in draft_tokens for e in {low, high}}
     found: dict[Any, list[float]] = {key: [] for key in [None, *runs]}
     for _ in tqdm(range(REPEATS), desc="rounds", disable=None):
@@ -292,14 +294,28 @@ def _times(
 
 def _pace(model: PreTrainedModel, prompt: Tensor, speculation: SelfSpeculation | None) -> float:
     """Seconds per round, or per token without speculation, of a short run."""
-    d = speculation.draft_tokens if speculation is not None else 1
     start = time.perf_counter()
     _generate(model, prompt, 1)
     before = time.perf_counter()
-    text = _generate(model, prompt, 1 + ROUNDS * (d + 1), speculation)
+    if speculation is None:
+        count = len(_generate(model, prompt, 1 + ROUNDS)) - len(prompt) - 1
+    else:
+        enough = _Rounds(speculation)
+        longest = 1 + ROUNDS * (speculation.draft_tokens + 1)
+        _generate(model, prompt, longest, speculation, stopping_criteria=StoppingCriteriaList([enough]))
+        count = speculation.report.rounds
     seconds = (time.perf_counter() - before) - (before - start)
-    count = speculation.report.rounds if speculation is not None else len(text) - len(prompt) - 1
     return max(seconds, 1e-9) / max(1, count)
+
+
+class _Rounds(StoppingCriteria):
+    """Ends a run after `ROUNDS` rounds, however many tokens they brought."""
+
+    def __init__(self, speculation: SelfSpeculation):
+        self.speculation = speculation
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        return torch.full((len(input_ids),), self.speculation.report.rounds >= ROUNDS, device=input_ids.device)
 
 
 def _race(
