@@ -25,7 +25,12 @@ KINDS = (DynamicLayer, DynamicSlidingWindowLayer)
 def check_cache(cache: Cache | None) -> None:
     """Raise a `ValueError` unless `cache`, after a forward pass, can be taken back by any number of tokens."""
     if cache is None:
-        raise ValueError("self-speculation decodes with a KV cache; pass use_cache=True")
+        raise ValueError(
+            "self-speculation decodes with a KV cache, and the model returned none; pass use_cache=True, or generate "
+            "without custom_generate if the model has another kind of cache"
+        )
+    if getattr(cache, "offloading", False):
+        raise ValueError("self-speculation runs layers out of order, which an offloaded cache cannot follow")
     for index, layer in enumerate(getattr(cache, "layers", [cache])):
         if type(layer) not in KINDS:
             raise ValueError(
@@ -50,6 +55,13 @@ def record(cache: Cache) -> None:
     for layer in cache.layers:
         if layer.is_sliding:
             layer.activate_past_recording()
+
+
+def forget_past(cache: Cache) -> None:
+    """Let sliding windows drop what falls out of them again."""
+    for layer in cache.layers:
+        if layer.is_sliding:
+            layer.record_past = False
 
 
 def view(cache: Cache, places: Sequence[int], live: Collection[int]) -> Cache:

@@ -10,6 +10,7 @@ Weights that are equal are kept once, those of the model.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -20,7 +21,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .memory import shared_copy
+from .surgery import plain_attributes
 from .walk import decoder_layers
+
+
+# Of a config, what may differ between models whose first layers do the same.
+OF_THE_DEPTH = {"num_hidden_layers", "n_layer", "num_layers", "max_window_layers", "sliding_window_pattern"}
+OF_THE_DEPTH |= {"_name_or_path", "architectures", "transformers_version", "quantization_config", "dtype"}
+OF_THE_DEPTH |= {"use_cache", "intermediate_size", "ffn_dim", "n_inner"}
 
 
 @dataclass(frozen=True)
@@ -94,16 +102,29 @@ def pair(draft: PreTrainedModel, model: PreTrainedModel, layers: Iterable[int] |
     shared_bytes = _share(draft, model, short, [stack[place] for place in places])
     same = [place == i and _is(short[i], stack[place]) for i, place in enumerate(places)]
     ends = [getattr(m.get_input_embeddings(), "weight", None) for m in (draft, model)]
-    shared = [*same, False].index(False) if ends[0] is ends[1] else 0
+    alike = ends[0] is ends[1] and type(draft) is type(model) and _settings(draft) == _settings(model)
+    shared = [*same, False].index(False) if alike else 0
     return Pairing(places, min(shared, len(stack) - 1), shared_bytes)
 
 
-def _sizes(model: PreTrainedModel) -> dict[str, int]:
+def _settings(model: PreTrainedModel) -> dict[str, Any]:
+    """What of a config decides how layers compute, above all positions and masks; without what lists or counts them.
+
+    Differences between layers are found in the layers themselves.
+    """
+    config = model.config.get_text_config(decoder=True)
+    values = {key: value for key, value in config.to_dict().items() if key not in OF_THE_DEPTH}
+    return {key: value for key, value in values.items() if not isinstance(value, list)} | {
+        "attention": config._attn_implementation
+    }
+
+
+def _sizes(model: PreTrainedModel) -> dict[str, Any]:
     """What two models must have in common to share a cache and its contents."""
     config = model.config.get_text_config(decoder=True)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    sizes = {"vocab_size": config.vocab_size, "hidden_size": config.hidden_size}
+    sizes = {"vocab_size": config.vocab_size, "hidden_size": config.hidden_size, "dtype": model.dtype}
     return sizes | {"num_key_value_heads": heads, "head_dim": width}
 
 
@@ -163,9 +184,13 @@ def _share(draft: PreTrainedModel, model: PreTrainedModel, short: nn.ModuleList,
     return sum(freed.values())
 
 
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in plain_attributes(module).items() if not re.search("idx|index", name)}
+
+
 def _is(one: nn.Module, other: nn.Module) -> bool:
     """Whether two layers do the same: the same modules around the same tensors."""
-    kinds = [[(name, type(m)) for name, m in layer.named_modules()] for layer in (one, other)]
+    kinds = [[(name, type(m), _attributes(m)) for name, m in layer.named_modules()] for layer in (one, other)]
     tensors = [dict([*layer.named_parameters(), *layer.named_buffers()]) for layer in (one, other)]
     return (
         kinds[0] == kinds[1]

@@ -32,6 +32,7 @@ from typing import Any
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMixin, StoppingCriteriaList
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
 from .pairing import Pairing, pair
@@ -76,7 +77,6 @@ class SelfSpeculation:
     draft: PreTrainedModel | None = None
     draft_layers: tuple[int, ...] | None = None
     report: SpeculationReport = field(default_factory=SpeculationReport, init=False)
-    _paired: tuple[PreTrainedModel, Pairing] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self):
         for name in ("exit_layer", "draft_tokens"):
@@ -102,6 +102,10 @@ class SelfSpeculation:
         """What `generate` calls, with the arguments of `GenerationMixin._sample`."""
         streamer = streamer or _streamer_of_caller()
         settings = self._settings(model, generation_config)
+        if generation_config.num_beams > 1:
+            raise ValueError(
+                f"self-speculation keeps one sequence for each row, found num_beams={generation_config.num_beams}"
+            )
         if settings is None:
             arguments = {"synced_gpus": synced_gpus, "streamer": streamer}
             return GenerationMixin._sample(
@@ -142,9 +146,7 @@ class SelfSpeculation:
         if self.draft is None:
             drafter, pairing = model, Pairing(tuple(range(count)), count - 1)
         else:
-            if self._paired is None or self._paired[0] is not model:
-                self._paired = (model, pair(self.draft, model, self.draft_layers))
-            drafter, pairing = self.draft, self._paired[1]
+            drafter, pairing = self.draft, pair(self.draft, model, self.draft_layers)  # either may have changed since
             count = len(pairing.places)
         if exit_layer is not None and exit_layer > count:
             raise ValueError(f"exit_layer={exit_layer}, but {type(drafter).__name__} has {count} decoder layers")
@@ -162,8 +164,17 @@ def _check(
     """Raise a `ValueError` for what self-speculation cannot do."""
     if model.config.is_encoder_decoder:
         raise ValueError(f"self-speculation is for decoder-only models; {type(model).__name__} has an encoder")
-    if config.num_beams > 1:
-        raise ValueError(f"self-speculation keeps one sequence for each row, found num_beams={config.num_beams}")
+    text = model.config.get_text_config(decoder=True)
+    for rope in _ropes(text):
+        kind = rope.get("rope_type", rope.get("type"))
+        limit = rope.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None)
+        limit = limit or text.max_position_embeddings
+        if kind in ("dynamic", "longrope") and config.max_length > limit:
+            raise ValueError(
+                f"{type(model).__name__} turns its positions otherwise in texts longer than {limit} tokens (rope_type "
+                f"{kind!r}), so that several cannot be verified at once; generate at most so many, or without "
+                "custom_generate"
+            )
     for name in ("output_attentions", "output_hidden_states"):
         if config.return_dict_in_generate and getattr(config, name):
             raise ValueError(f"{name}=True is not possible: layers run at different times; generate without it")
@@ -185,8 +196,14 @@ def _check(
             raise ValueError(f"a streamer takes one sequence, found a batch of {len(input_ids)}")
         if getattr(model_kwargs.get("past_key_values"), "_is_user_defined", False):
             raise ValueError("a cache of your own needs a batch of one: rows are moved in it")
-    if place()[1] > 1 and is_fsdp_managed_module(model):
+    if place()[1] > 1 and (is_fsdp_managed_module(model) or is_deepspeed_zero3_enabled()):
         raise ValueError("self-speculation runs other passes in each process, which a sharded model cannot")
+
+
+def _ropes(config: Any) -> list[dict[str, Any]]:
+    """The rotary settings of a text config, of which there may be one for each kind of layer."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    return [rope, *(value for value in rope.values() if isinstance(value, dict))]
 
 
 def _streamer_of_caller() -> Any:

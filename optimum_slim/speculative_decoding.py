@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from transformers.generation import GenerateDecoderOnlyOutput, StoppingCriteriaList
 
-from .kv_cache import check_cache, forget, record, rewind, view
+from .kv_cache import check_cache, forget, forget_past, record, rewind, view
 from .pairing import Pairing
 from .route import Route
 
@@ -58,7 +58,7 @@ class Decoding:
         """Decode; the arguments are those of `GenerationMixin._sample`."""
         self.device = input_ids.device
         outputs = self.model._prefill(input_ids, self.config, model_kwargs)
-        self.cache = outputs.past_key_values
+        self.cache = getattr(outputs, "past_key_values", None)
         check_cache(self.cache)
         record(self.cache)
         self.layers = range(len(self.route.stack))
@@ -81,8 +81,11 @@ class Decoding:
         every = self.processed(range(batch), self.rows, first)
         for row, scores in enumerate(every):
             self.append(row, self.choose(scores), first[row], scores)
-        while not self.finished():
-            self.round()
+        try:
+            while not self.finished():
+                self.round()
+        finally:
+            forget_past(self.cache)
         if self.streamer is not None:
             self.streamer.end()
         return self.result()
@@ -102,7 +105,9 @@ class Decoding:
         """Draft, verify, accept."""
         self.report.rounds += 1
         live = [row for row in range(len(self.rows)) if not self.done(row)]
-        longest = self.config.max_length - min(len(self.rows[row]) for row in live)
+        # Rows that are ahead draft beyond the end with the others; only positions can be held back (`forward`).
+        ahead = min if self.positions is not None else max
+        longest = max(1, self.config.max_length - ahead(len(self.rows[row]) for row in live))
         last = torch.stack([tokens[-1] for tokens in self.rows])[:, None]
         drafted, chances, states = self.make_draft(last, min(self.draft_tokens, longest - 1), live)
         logits = self.verify(torch.cat([last, drafted], dim=1), states)
@@ -135,11 +140,16 @@ class Decoding:
         """
         shared, current = self.pairing.shared, last
         tokens, chances, kept = [], [], []
+        eos, pad = (getattr(self.config, f"_{name}_token_tensor", None) for name in ("eos", "pad"))
+        pad = None if pad is None else pad.to(last.device)
+        ended = torch.ones(len(last), dtype=torch.bool, device=last.device)  # gets no more tokens
+        ended[live] = False
         keep = shared - 1 if shared else None
         for done in range(most):
-            self.draft_route.run(range(len(self.pairing.places)), keep=keep)
-            logits = self.forward(self.drafter, current, "draft", done).logits[:, -1].float().to(self.device)
-            kept.append(self.draft_route.kept)
+            layers = range(len(self.pairing.places))
+            output, behind_shared = self.forward(self.drafter, current, "draft", done, layers, keep=keep)
+            logits = output.logits[:, -1].float().to(self.device)
+            kept.append(behind_shared)
             every = range(len(self.rows))
             behind = [torch.cat([row, *(step[i] for step in tokens)]) for i, row in enumerate(self.rows)]
             scores = self.processed(every, behind, logits)
@@ -148,42 +158,61 @@ class Decoding:
                 current = torch.multinomial(chances[-1], 1)
             else:
                 current = scores.argmax(-1, keepdim=True)
+            if pad is not None:  # as generation goes on behind the end of a text
+                current = torch.where(ended[:, None], pad, current)
             tokens.append(current)
-            if self.unpromising(scores, current, live):
+            if eos is not None:
+                ended |= torch.isin(current[:, 0], eos.to(current.device))
+            unsure = ended
+            if self.confidence:
+                unsure = ended | (scores.softmax(-1).amax(-1) < self.confidence)
+            if bool(unsure[live].all()):
                 break
         if shared:
-            self.route.run(range(shared), keep=keep, head=False)
-            self.forward(self.model, current, "early", len(tokens))
-            kept.append(self.route.kept)
+            early = {"layers": range(shared), "keep": keep, "head": False}
+            kept.append(self.forward(self.model, current, "early", len(tokens), **early)[1])
         drafted = torch.cat(tokens, dim=1) if tokens else last[:, :0]
         forget(self.cache, self.pairing.places[shared:], len(tokens))
         return drafted, chances, torch.cat(kept, dim=1) if shared else None
 
-    def unpromising(self, scores: Tensor, tokens: Tensor, live: list[int]) -> bool:
-        """Whether no row is worth drafting on: it has come to an end, or is not confident."""
-        ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
-        eos = getattr(self.config, "_eos_token_tensor", None)
-        if eos is not None:
-            ended |= torch.isin(tokens[:, 0], eos.to(tokens.device))
-        if self.confidence:
-            ended |= scores.softmax(-1).amax(-1) < self.confidence
-        return bool(ended[live].all())
-
     def verify(self, tokens: Tensor, states: Tensor | None) -> Tensor:
         """The model's logits, fp32 (batch, count + 1, vocabulary), for the last token and the drafted ones."""
-        self.route.run(self.layers[self.pairing.shared :], states=states)
-        return self.forward(self.model, tokens, "late", 0).logits.float().to(self.device)
+        late = self.layers[self.pairing.shared :]
+        return self.forward(self.model, tokens, "late", 0, late, states)[0].logits.float().to(self.device)
 
-    def forward(self, model: PreTrainedModel, tokens: Tensor, which: str, ahead: int) -> Any:
-        """A pass over `tokens`, int64 (batch, count), the first of which lies `ahead` of the last accepted one."""
+    def forward(
+        self,
+        model: PreTrainedModel,
+        tokens: Tensor,
+        which: str,
+        ahead: int,
+        layers: range,
+        states: Tensor | None = None,
+        keep: int | None = None,
+        head: bool = True,
+    ) -> tuple[Any, Tensor | None]:
+        """A pass over `tokens`, int64 (batch, count), the first of which lies `ahead` of the last accepted one.
+
+        Args:
+            which: how it is to see the cache.
+            layers, states, keep, head: as for `Route.run`.
+
+        Returns:
+            What the model returned, and the states that were to be kept.
+        """
         count = tokens.shape[1]
         inputs = {"input_ids": tokens.to(model.device), "past_key_values": self.seen[which], "use_cache": True}
         if self.mask is not None:
             inputs["attention_mask"] = nn.functional.pad(self.mask, (0, ahead + count), value=1)
         if self.positions is not None:
             steps = torch.arange(ahead, ahead + count, device=self.positions.device)
-            inputs["position_ids"] = self.positions + steps
-        return model(**inputs, return_dict=True)
+            inputs["position_ids"] = (self.positions + steps).clamp(max=self.config.max_length - 1)
+        route = self.draft_route if which == "draft" else self.route
+        route.run(layers, states=states, keep=keep, head=head)
+        try:
+            return model(**inputs, return_dict=True), route.kept
+        finally:
+            route.run(range(len(route.stack)))  # processors and criteria may call the model, too
 
     def accept(self, live: list[int], drafted: Tensor, chances: list[Tensor], logits: Tensor) -> None:
         """Append to each row the accepted tokens and the one that the model chooses behind them."""
@@ -207,17 +236,27 @@ class Decoding:
         """The scores (rows, vocabulary) of what comes behind the tokens of some rows, from logits (batch, vocabulary).
 
         Processors may treat rows differently, so they see a whole batch at a time, in which rows of other lengths are
-        cut, or filled on the left.
+        cut at their end, or filled as if they had ended.
         """
         if not self.processors:
             return logits[rows]
         scores = torch.empty_like(logits)
         for length in set(map(len, tokens)):
             members = {row: found for row, found in zip(rows, tokens, strict=True) if len(found) == length}
-            batch = [members[i] if i in members else _fitted(other, length) for i, other in enumerate(self.rows)]
+            batch = [members[i] if i in members else self.fitted(other, length) for i, other in enumerate(self.rows)]
             found = self.processors(torch.stack(batch), logits.clone())
-            scores[[*members]] = found[[*members]]
+            scores[[*members]] = found[[*members]].to(scores.dtype)
         return scores[rows]
+
+    def fitted(self, tokens: Tensor, length: int) -> Tensor:
+        """So many of a row's first tokens; behind a shorter row its end and padding."""
+        missing = length - len(tokens)
+        if missing <= 0:
+            return tokens[:length]
+        eos, pad = (getattr(self.config, f"_{name}_token_tensor", None) for name in ("eos", "pad"))
+        end = tokens[-1:] if eos is None else eos.to(tokens.device).reshape(-1)[:1]
+        fill = end if pad is None else pad.to(tokens.device).reshape(-1)[:1]
+        return torch.cat([tokens, end, fill.expand(missing - 1)])
 
     def choose(self, scores: Tensor) -> Tensor:
         return torch.multinomial(scores.softmax(-1), 1)[0] if self.config.do_sample else scores.argmax(-1)
@@ -291,14 +330,9 @@ class Decoding:
         return tuple(torch.stack([kept[step] if step < len(kept) else nothing for kept in rows]) for step in steps)
 
 
-def _fitted(tokens: Tensor, length: int) -> Tensor:
-    """So many of a row's last tokens, behind copies of its first one if it is shorter."""
-    return torch.cat([tokens[:1].expand(max(0, length - len(tokens))), tokens[-length:]])
-
-
 def _accept(token: Tensor, draft: Tensor, model: Tensor) -> tuple[Tensor, bool]:
     """Keep a token drawn from `draft` (vocabulary,) with min(1, p/q), else draw from what `model` has more of."""
-    if torch.rand((), device=token.device) * draft[token] <= model[token]:
+    if torch.rand((), device=token.device) * draft[token] < model[token]:
         return token, True
     more = (model - draft).clamp(min=0)
     return torch.multinomial(more if more.sum() > 0 else model, 1)[0], False

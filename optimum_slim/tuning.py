@@ -149,7 +149,9 @@ def _by_exit(
 ) -> list[dict[str, Any]]:
     """The best candidate of each exit layer."""
     texts = [_generate(model, prompt, new) for prompt in tqdm(prompts, desc="texts", disable=None)]
-    pairs = zip(texts, prompts, strict=True)
+    pairs = [(text, prompt) for text, prompt in zip(texts, prompts, strict=True) if len(text) > len(prompt) + 1]
+    if not pairs:
+        raise ValueError("every prompt is answered by a single token, which leaves nothing to draft; pass others")
     agreements = [_agreement(model, text, len(prompt), exit_layers) for text, prompt in pairs]
     plain, rounds = _times(model, prompts[0], exit_layers, draft_tokens)
     rows = []

@@ -113,3 +113,30 @@ def test_drafts_that_do_not_fit_are_refused():
             pair(other, model, layers)
     with pytest.raises(ValueError, match="pass draft as well"):
         SelfSpeculation(exit_layer=2, draft_layers=(0, 1))
+
+
+def test_equal_weights_under_other_positions_are_not_the_same_layers():
+    model, ids = model_of("llama").double(), token_ids(1)
+    rope = {"rope_type": "default", "rope_theta": 100.0}
+    other = tiny_llama(num_hidden_layers=6, rope_parameters=rope).double()
+    other.load_state_dict(model.state_dict())
+    assert pair(other, model).shared == 0
+    speculation = SelfSpeculation(draft=other, draft_tokens=3)
+    assert torch.equal(greedy(model, ids, speculation), greedy(model, ids))
+    assert speculation.report.drafted
+
+
+def test_a_model_that_changes_after_it_was_paired():
+    model, ids = model_of("llama").double(), token_ids(1)
+    speculation = SelfSpeculation(draft=make_draft(model, Depth(layers=(3,))))
+    greedy(model, ids, speculation)
+    with torch.no_grad():
+        weight = model.model.layers[0].mlp.down_proj.weight
+        model.model.layers[0].mlp.down_proj.weight = torch.nn.Parameter(weight * 3)
+    assert torch.equal(greedy(model, ids, speculation), greedy(model, ids))
+
+
+def test_a_draft_of_another_dtype_is_refused():
+    model = model_of("llama")
+    with pytest.raises(ValueError, match=r"dtype torch\.float64 and torch\.float32"):
+        pair(model_of("llama").double(), model)

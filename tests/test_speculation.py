@@ -4,7 +4,14 @@ from collections import Counter
 import pytest
 import torch
 from helpers import tiny_llama, token_ids
-from transformers import AutoModelForCausalLM, StaticCache, StoppingCriteria, TextIteratorStreamer
+from transformers import (
+    AutoModelForCausalLM,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StaticCache,
+    StoppingCriteria,
+    TextIteratorStreamer,
+)
 from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.generation.streamers import BaseStreamer
 from walk_models import MODELS, assert_untouched, tiny_model
@@ -332,3 +339,60 @@ def test_model_is_as_it_was_after_an_error():
         greedy(model, ids, SelfSpeculation(exit_layer=2), stopping_criteria=[Broken()])
     assert_untouched(model)
     assert torch.equal(greedy(model, ids), plain)
+
+
+def test_processors_may_call_the_model():
+    model, ids = llama(), token_ids(1)
+
+    class Again(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            return model(input_ids=input_ids, use_cache=False).logits[:, -1]
+
+    settings = {"logits_processor": LogitsProcessorList([Again()])}
+    found = greedy(model, ids, SelfSpeculation(exit_layer=2), **settings)
+    assert torch.equal(found, greedy(model, ids, **settings))
+
+
+def test_prefixes_of_rows_are_true_ones():
+    """A trie of allowed texts, which has no answer for a text that is none of them."""
+    model, ids = llama(), token_ids(3, 4)
+    torch.manual_seed(1)
+    texts = [[*torch.randint(3, 100, (length,)).tolist(), 2] for length in torch.randint(1, 12, (60,)).tolist()]
+
+    def allowed(row, tokens):
+        behind = tokens[4:].tolist()
+        if 2 in behind:
+            return [0]
+        return [text[len(behind)] for text in texts if text[: len(behind)] == behind and len(text) > len(behind)]
+
+    settings = {"prefix_allowed_tokens_fn": allowed, "eos_token_id": 2, "pad_token_id": 0, "max_new_tokens": 14}
+    for exit_layer in (1, 3):
+        found = greedy(model, ids, SelfSpeculation(exit_layer=exit_layer, draft_tokens=4), **settings)
+        assert torch.equal(found, greedy(model, ids, **settings))
+
+
+@pytest.mark.parametrize("eos", [None, [6, 17, 33]])
+def test_texts_as_long_as_the_position_table(eos):
+    model = model_of("opt", max_position_embeddings=27)
+    ids, settings = token_ids(3, 7, 96), {"max_new_tokens": 20, "eos_token_id": eos, "pad_token_id": 1}
+    for exit_layer in (1, 2, 3):
+        found = greedy(model, ids, SelfSpeculation(exit_layer=exit_layer), **settings)
+        assert torch.equal(found, greedy(model, ids, **settings))
+
+
+def test_positions_that_depend_on_the_length_are_refused_beyond_it():
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    model = llama(max_position_embeddings=16, rope_parameters=rope)
+    with pytest.raises(ValueError, match="longer than 16 tokens \\(rope_type 'dynamic'\\)"):
+        greedy(model, token_ids(1), SelfSpeculation(exit_layer=2))
+    speculation = SelfSpeculation(exit_layer=2)
+    assert torch.equal(
+        greedy(model, token_ids(1), speculation, max_new_tokens=7), greedy(model, token_ids(1), max_new_tokens=7)
+    )
+
+
+def test_beams_are_refused_where_speculation_is_off_as_well():
+    model = llama()
+    model.generation_config.self_speculation = {"exit_layer": None, "draft_tokens": None, "confidence": 0.0}
+    with pytest.raises(ValueError, match="num_beams=3"):
+        greedy(model, token_ids(1), SelfSpeculation(), num_beams=3)

@@ -118,3 +118,10 @@ def test_what_cannot_be_tuned_on_is_refused(model):
     ):
         with pytest.raises(ValueError, match=message):
             tune_speculation(model, prompts, **settings)
+
+
+def test_prompts_answered_by_one_token_are_left_out(model):
+    ids = token_ids(1)
+    model.generation_config.eos_token_id = int(greedy(model, ids, new=1)[0, -1])
+    with pytest.raises(ValueError, match="answered by a single token"):
+        tune_speculation(model, ids, max_new_tokens=6)

@@ -23,7 +23,7 @@ from ..processes import from_main, place
 from ..step import StepReport, register
 from ..train import FitReport, fit
 from ..training_step import TrainingStep
-from ..tuning import keep_tuning, tune_speculation
+from ..tuning import SpeculationTuning, keep_tuning, tune_speculation
 
 
 PRESETS = {
@@ -95,6 +95,13 @@ class LayerSkip(TrainingStep):
         checkpointing = {"activation_checkpointing": self.activation_checkpointing}
         return LayerSkipLoss(**settings, **checkpointing, teacher=teacher, steps=self.steps, seed=self.seed)
 
+    def _tuned(self, model: nn.Module, prompts: Tensor) -> SpeculationTuning | str:
+        """What is the best exit, or why that is not known; the training is not lost for it."""
+        try:
+            return tune_speculation(model, prompts)
+        except ValueError as error:
+            return f"exit layer and draft length were not tuned: {error}"
+
     def apply(self, model: nn.Module, tokens: Tensor | None = None, *, teacher=None, journal=None) -> StepReport:
         start = time.perf_counter()
         sparse = self.check_model(model)
@@ -114,6 +121,6 @@ class LayerSkip(TrainingStep):
         if self.tune and model.can_generate():
             last = tokens[-PROMPTS:, : max(1, min(PROMPT, tokens.shape[1] // 2))]
             # Timings differ between processes, and all are to keep the same settings.
-            found = tune_speculation(model, last) if place()[0] == 0 else None
-            notes.append(keep_tuning(model, from_main(found)).outcome())
+            found = from_main(self._tuned(model, last) if place()[0] == 0 else None)
+            notes.append(found if isinstance(found, str) else keep_tuning(model, found).outcome())
         return StepReport(self.to_dict(), time.perf_counter() - start, rows, notes, {"training": report.history})
