@@ -80,9 +80,8 @@ class Bench:
         cpu = f"({machine}, {torch.get_num_threads()} threads, torch {torch.__version__})"
         found[part] = "\n".join([f"## {part}", "", *lines, "", cpu, "", ""])
         self.page.parent.mkdir(parents=True, exist_ok=True)
-        self.page.write_text(
-            head.rstrip("\n") + "\n\n" + "".join(found.values()).rstrip("\n") + "\n", encoding="utf-8"
-        )
+        text = "\n\n".join(piece.rstrip("\n") for piece in [head, *found.values()])
+        self.page.write_text(f"{text}\n", encoding="utf-8")
         print("\n".join(lines), flush=True)
 
     def train(self) -> None:
