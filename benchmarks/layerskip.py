@@ -36,6 +36,7 @@ from optimum_slim import Calibration, LayerSkip, SelfSpeculation, lens, save, sl
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 import smollm2  # noqa: E402
+from tinyllama import SHAPE  # noqa: E402
 
 
 PARTS = ("train", "quality", "speed", "large")
@@ -48,15 +49,6 @@ PROMPTS = (
     "To cook rice, first",
 )
 NEW = 64
-SHAPE = {
-    "num_hidden_layers": 22,
-    "hidden_size": 2048,
-    "intermediate_size": 5632,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "vocab_size": 32000,
-    "max_position_embeddings": 2048,
-}
 
 
 class Bench:

@@ -81,7 +81,7 @@ def _living(cache: Cache, place: int, live: Collection[int]) -> int:
 def forget(cache: Cache, layers: Collection[int], tokens: int) -> None:
     """Drop the last `tokens` of some layers."""
     for index in layers if tokens else ():
-        _keep_columns(cache.layers[index], slice(None, -tokens))
+        _drop_last(cache.layers[index], tokens)
 
 
 def rewind(cache: Cache, behind: Tensor, padding: int = 0) -> None:
@@ -103,7 +103,7 @@ def rewind(cache: Cache, behind: Tensor, padding: int = 0) -> None:
             if layer.is_sliding:
                 layer.cumulative_length -= least
         elif least:
-            _keep_columns(layer, slice(None, -least))
+            _drop_last(layer, least)
         if layer.is_sliding:
             layer.cumulative_length -= padding
             left = max(0, layer.keys.shape[-2] - min(layer.cumulative_length, layer.sliding_window - 1))
@@ -113,8 +113,7 @@ def rewind(cache: Cache, behind: Tensor, padding: int = 0) -> None:
             layer.keys, layer.values = layer.keys[..., left:, :], layer.values[..., left:, :]
 
 
-def _keep_columns(layer: DynamicLayer, columns: slice) -> None:
-    before = layer.keys.shape[-2]
-    layer.keys, layer.values = layer.keys[..., columns, :], layer.values[..., columns, :]
+def _drop_last(layer: DynamicLayer, tokens: int) -> None:
+    layer.keys, layer.values = layer.keys[..., :-tokens, :], layer.values[..., :-tokens, :]
     if layer.is_sliding:
-        layer.cumulative_length -= before - layer.keys.shape[-2]
+        layer.cumulative_length -= tokens

@@ -63,6 +63,8 @@ class Decoding:
         record(self.cache)
         self.layers = range(len(self.route.stack))
         self.views()
+        special = (getattr(self.config, f"_{name}_token_tensor", None) for name in ("eos", "pad"))
+        self.eos, self.pad = (None if token is None else token.to(self.device) for token in special)
 
         self.rows = list(input_ids)  # the tokens of each row, as they grow
         self.prompt = input_ids.shape[1]
@@ -98,7 +100,7 @@ class Decoding:
         self.seen = {
             "draft": view(self.cache, slots, places),
             "early": view(self.cache, everything, range(shared)) if shared else None,
-            "late": view(self.cache, everything, self.layers[shared:] or self.layers),
+            "late": view(self.cache, everything, self.layers[shared:]),
         }
 
     def round(self) -> None:
@@ -140,8 +142,6 @@ class Decoding:
         """
         shared, current = self.pairing.shared, last
         tokens, chances, kept = [], [], []
-        eos, pad = (getattr(self.config, f"_{name}_token_tensor", None) for name in ("eos", "pad"))
-        pad = None if pad is None else pad.to(last.device)
         ended = torch.ones(len(last), dtype=torch.bool, device=last.device)  # gets no more tokens
         ended[live] = False
         keep = shared - 1 if shared else None
@@ -150,19 +150,20 @@ class Decoding:
             output, behind_shared = self.forward(self.drafter, current, "draft", done, layers, keep=keep)
             logits = output.logits[:, -1].float().to(self.device)
             kept.append(behind_shared)
-            every = range(len(self.rows))
-            behind = [torch.cat([row, *(step[i] for step in tokens)]) for i, row in enumerate(self.rows)]
-            scores = self.processed(every, behind, logits)
+            scores = logits
+            if self.processors:
+                behind = [torch.cat([row, *(step[i] for step in tokens)]) for i, row in enumerate(self.rows)]
+                scores = self.processed(range(len(behind)), behind, logits)
             if self.config.do_sample:
                 chances.append(scores.softmax(-1))
                 current = torch.multinomial(chances[-1], 1)
             else:
                 current = scores.argmax(-1, keepdim=True)
-            if pad is not None:  # as generation goes on behind the end of a text
-                current = torch.where(ended[:, None], pad, current)
+            if self.pad is not None:  # as generation goes on behind the end of a text
+                current = torch.where(ended[:, None], self.pad, current)
             tokens.append(current)
-            if eos is not None:
-                ended |= torch.isin(current[:, 0], eos.to(current.device))
+            if self.eos is not None:
+                ended |= torch.isin(current[:, 0], self.eos)
             unsure = ended
             if self.confidence:
                 unsure = ended | (scores.softmax(-1).amax(-1) < self.confidence)
@@ -253,9 +254,8 @@ class Decoding:
         missing = length - len(tokens)
         if missing <= 0:
             return tokens[:length]
-        eos, pad = (getattr(self.config, f"_{name}_token_tensor", None) for name in ("eos", "pad"))
-        end = tokens[-1:] if eos is None else eos.to(tokens.device).reshape(-1)[:1]
-        fill = end if pad is None else pad.to(tokens.device).reshape(-1)[:1]
+        end = tokens[-1:] if self.eos is None else self.eos.reshape(-1)[:1]
+        fill = end if self.pad is None else self.pad.reshape(-1)[:1]
         return torch.cat([tokens, end, fill.expand(missing - 1)])
 
     def choose(self, scores: Tensor) -> Tensor:
@@ -307,9 +307,8 @@ class Decoding:
     def result(self) -> GenerateDecoderOnlyOutput | Tensor:
         longest = max(self.stop_at)
         sequences = self.rows[0].new_full((len(self.rows), longest), 0)
-        pad = getattr(self.config, "_pad_token_tensor", None)
-        if pad is not None:
-            sequences.fill_(pad)
+        if self.pad is not None:
+            sequences.fill_(self.pad)
         for row, tokens in enumerate(self.rows):
             kept = tokens[:longest]
             sequences[row, : len(kept)] = kept

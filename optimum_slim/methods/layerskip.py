@@ -12,7 +12,7 @@ gains from this one.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 import torch
@@ -37,8 +37,6 @@ PRESETS = {
 }
 PRESETS["scratch-1.5b"]["learning_rate"] = PRESETS["scratch-7b"]["learning_rate"] = 8e-4
 PROMPTS, PROMPT = 4, 32  # samples whose beginnings the decoder is tuned on, and so many tokens of each
-OF_THE_LOSS = ("p_max", "e_scale", "exit_scales", "curriculum", "rotation", "always_last", "dropout_schedule")
-OF_THE_LOSS += ("exit_layers", "exit_target")
 
 
 @register("layerskip", paper="LayerSkip: Enabling Early Exit Inference and Self-Speculative Decoding (2404.16710)")
@@ -91,9 +89,8 @@ class LayerSkip(TrainingStep):
         return cls(**(PRESETS[name] | changes))
 
     def _loss(self, teacher: nn.Module | None) -> LayerSkipLoss:
-        settings = {name: getattr(self, name) for name in OF_THE_LOSS}
-        checkpointing = {"activation_checkpointing": self.activation_checkpointing}
-        return LayerSkipLoss(**settings, **checkpointing, teacher=teacher, steps=self.steps, seed=self.seed)
+        settings = {f.name: getattr(self, f.name) for f in fields(LayerSkipLoss) if f.name != "teacher"}
+        return LayerSkipLoss(**settings, teacher=teacher)
 
     def _tuned(self, model: nn.Module, prompts: Tensor) -> SpeculationTuning | str:
         """What is the best exit, or why that is not known; the training is not lost for it."""
