@@ -42,6 +42,7 @@ from .speculative_decoding import Decoding, SpeculationReport
 from .walk import decoder_layers
 
 
+DRAFT_TOKENS = 4  # in a round, by default
 SETTINGS = "self_speculation"  # where a generation config keeps them
 NEEDS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}  # of a text model
 STATEFUL = ("UnbatchedClassifierFreeGuidanceLogitsProcessor", "SynthIDTextWatermarkLogitsProcessor")
@@ -126,20 +127,18 @@ class SelfSpeculation:
 
     def _settings(self, model: PreTrainedModel, config: GenerationConfig) -> tuple[int | None, int, float] | None:
         """Exit layer, length of a draft and confidence; `None` for no speculation."""
+        if self.exit_layer is not None or self.draft is not None:
+            return self.exit_layer, self.draft_tokens or DRAFT_TOKENS, self.confidence or 0.0
         stored = getattr(config, SETTINGS, None) or getattr(model.generation_config, SETTINGS, None) or {}
-        if self.exit_layer is None and self.draft is None:
-            if "exit_layer" not in stored:
-                raise ValueError(
-                    "SelfSpeculation() takes its settings from generation_config.self_speculation, which is missing; "
-                    "pass exit_layer and draft_tokens, or let tune_speculation(model, prompts) find them"
-                )
-            if stored["exit_layer"] is None:
-                return None
-        else:
-            stored = {}
-        exit_layer = self.exit_layer or stored.get("exit_layer")
-        confidence = self.confidence if self.confidence is not None else stored.get("confidence", 0.0)
-        return exit_layer, self.draft_tokens or stored.get("draft_tokens", 4), confidence
+        if "exit_layer" not in stored:
+            raise ValueError(
+                "SelfSpeculation() takes its settings from generation_config.self_speculation, which is missing; "
+                "pass exit_layer and draft_tokens, or let tune_speculation(model, prompts) find them"
+            )
+        if stored["exit_layer"] is None:
+            return None
+        confidence = stored.get("confidence", 0.0) if self.confidence is None else self.confidence
+        return stored["exit_layer"], self.draft_tokens or stored.get("draft_tokens", DRAFT_TOKENS), confidence
 
     def _drafter(self, model: PreTrainedModel, exit_layer: int | None) -> tuple[PreTrainedModel, Pairing]:
         count = len(decoder_layers(model)[1])
